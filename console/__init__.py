@@ -1,0 +1,1 @@
+"""How every command speaks to its user: progress, errors and exit codes, and `unic.toml`."""

@@ -1,0 +1,64 @@
+"""Finding the image tars of a cache again, and the images in them, by (tar, ordinal, key)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from extract.cache.errors import CacheError
+from extract.cache.images import TarIndex, decode, image_extension, index_tar, key_id
+from extract.cache.reader import Cache
+
+
+class TarSource:
+    """The chosen tars of a cache, each found and indexed when its first image is wanted.
+
+    `moved` maps tar stems to paths where they no longer lie where the cache saw them.
+    """
+
+    def __init__(self, cache: Cache, stems: Sequence[str], moved: Mapping[str, Path]) -> None:
+        self.cache = cache
+        self.stems = tuple(stems)
+        self.moved = dict(moved)
+        self._indices: dict[str, TarIndex] = {}
+
+    def path(self, stem: str) -> Path:
+        """Where the tar is now: as given in `moved`, else at a location that the cache knows.
+
+        Raises `CacheError` when it is nowhere, or has another size than at extraction.
+        """
+        record = self.cache.tar(stem)
+        places = [self.cache.root / location for location in record.locations]
+        candidates = [self.moved[stem]] if stem in self.moved else places
+        for candidate in candidates:
+            if candidate.exists():
+                if candidate.stat().st_size != record.bytes:
+                    raise CacheError(
+                        f"{candidate} has {candidate.stat().st_size} bytes, at extraction it had "
+                        f"{record.bytes}: it is not the tar that the features were computed from"
+                    )
+                return candidate
+        raise CacheError(
+            f"the image tar {stem!r} is at none of {', '.join(map(str, candidates))}: "
+            "say where the tars are with --data"
+        )
+
+    def index(self, stem: str) -> TarIndex:
+        """The tar's index, made once."""
+        if stem not in self._indices:
+            self._indices[stem] = index_tar(self.path(stem))
+        return self._indices[stem]
+
+    def image(self, stem: str, ordinal: int, key: np.uint64) -> Tensor:
+        """The image uint8 [3, H, W]; raises `CacheError` when another key stands at that place."""
+        index = self.index(stem)
+        sample = index.samples[ordinal] if ordinal < len(index.samples) else None
+        if sample is None or key_id(sample.key) != key:
+            found = "nothing" if sample is None else repr(sample.key)
+            raise CacheError(
+                f"{index.path}: image {ordinal} is {found}, not the one that the features were "
+                "computed from: the tar was rewritten since; extract again"
+            )
+        data = index.read(sample, image_extension(sample))
+        return decode(data, f"{index.path.name}:{sample.key}")
