@@ -58,6 +58,12 @@ class Project:
     teachers: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int | None:
+        """Side of the views in pixels, from the recipe's label."""
+        digits = (self.recipe or "").partition("@")[2].partition("r")[0]
+        return int(digits) if digits.isdigit() else None
+
 
 def read_project(folder: Path = Path()) -> Project:
     """The project of `folder`; an empty one when it has no `unic.toml`.
@@ -77,7 +83,6 @@ def read_project(folder: Path = Path()) -> Project:
 
 def _parse(path: Path, name: str, value: Any) -> Any:
     base = path.parent
-    wanted: type | tuple[type, ...]
     if name == "data":
         return _patterns(path, name, value)
     if name == "tasks":
@@ -87,10 +92,13 @@ def _parse(path: Path, name: str, value: Any) -> Any:
         return {key: str(base / _typed(path, f"{name}.{key}", v, str)) for key, v in table.items()}
     if name in ("cache", "runs"):
         return base / _typed(path, name, value, str)
-    wanted = {"views": int, "seed": int, "epochs": int, "learning_rate": (int, float)}.get(
-        name, str
-    )
-    return _typed(path, name, value, wanted)
+    numbers: dict[str, tuple[type, ...]] = {
+        "views": (int,),
+        "seed": (int,),
+        "epochs": (int,),
+        "learning_rate": (int, float),
+    }
+    return _typed(path, name, value, numbers.get(name, str))
 
 
 def _task(path: Path, name: str, value: Any) -> Task:

@@ -1,0 +1,1 @@
+"""Stage 2: distil the cached teachers into one student."""

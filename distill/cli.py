@@ -1,0 +1,163 @@
+"""`unic-distill`: train one student from the cached features of several teachers."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from console.command import run_command
+from console.project import ProjectError, read_project
+from distill.config import DistillConfig
+from distill.recipes import RECIPES
+from distill.run import Finished, distill
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+DEFAULTS = DistillConfig(cache=Path(), out=Path())
+
+INPUT, METHOD, RUNNING = "Input and output", "Method", "Running"
+
+
+@app.command()
+def unic_distill(
+    cache: Annotated[
+        Path | None, typer.Option(help="Feature cache to learn from.", rich_help_panel=INPUT)
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="timm architecture, optionally with arguments ('vit_tiny_patch16_224 depth=6'), "
+            f"or a timm folder to copy the architecture of.  [default: {DEFAULTS.student}]",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run.  [default: runs/RECIPE]", rich_help_panel=INPUT),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Teacher in the cache, repeatable.  [default: all]", rich_help_panel=INPUT
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where the image tars are, if they moved since extraction.", rich_help_panel=INPUT
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help=", ".join(RECIPES) + ".", rich_help_panel=METHOD)
+    ] = DEFAULTS.recipe,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference",
+            help="All choices of the paper's code where it differs from the paper's equations.",
+            rich_help_panel=METHOD,
+        ),
+    ] = DEFAULTS.reference,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Passes over the images.  [default: {DEFAULTS.epochs}]", rich_help_panel=METHOD
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Images a step.", rich_help_panel=METHOD)
+    ] = DEFAULTS.batch_size,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Peak learning rate for 256 images a step.  [default: {DEFAULTS.lr}]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability p of teacher dropping (Eq. 4).  [default: the recipe's]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(help="Use the first views only.  [default: all]", rich_help_panel=METHOD),
+    ] = None,
+    view_recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Views to train on, if the cache has several recipes.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    train_norm: Annotated[
+        bool,
+        typer.Option(
+            "--train-norm", help="Train the student's final norm.", rich_help_panel=METHOD
+        ),
+    ] = DEFAULTS.train_norm,
+    seed: Annotated[int | None, typer.Option(help="  [default: 0]", rich_help_panel=METHOD)] = None,
+    workers: Annotated[
+        int, typer.Option(help="Threads that read and render ahead.", rich_help_panel=RUNNING)
+    ] = DEFAULTS.workers,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUNNING)
+    ] = DEFAULTS.device,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between lines of metrics.", rich_help_panel=RUNNING)
+    ] = DEFAULTS.log_every,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between checkpoints.", rich_help_panel=RUNNING)
+    ] = DEFAULTS.checkpoint_minutes,
+) -> None:
+    """Distil the teachers whose features are in CACHE into one student.
+
+    Stopped by Ctrl-C or SIGTERM it saves a checkpoint; the same command goes on from there.
+    """
+    project = read_project()
+    found = cache or project.cache
+    if found is None:
+        raise ProjectError(
+            "missing --cache: give it (for example --cache feats), or work in a folder whose "
+            "unic.toml names it"
+        )
+    config = DistillConfig(
+        cache=found,
+        out=out or (project.runs or Path("runs")) / recipe,
+        student=student or project.student or DEFAULTS.student,
+        recipe=recipe,
+        reference=reference,
+        teachers=tuple(teacher or ()),
+        view_recipe=view_recipe or project.recipe,
+        views=views,
+        epochs=epochs or project.epochs or DEFAULTS.epochs,
+        batch_size=batch_size,
+        lr=lr or project.learning_rate or DEFAULTS.lr,
+        drop=drop,
+        train_norm=train_norm,
+        seed=seed if seed is not None else project.seed or DEFAULTS.seed,
+        workers=workers,
+        device=device,
+        log_every=log_every,
+        checkpoint_minutes=checkpoint_minutes,
+        data=tuple(data or ()),
+    )
+    typer.echo(summary(distill(config)))
+
+
+def summary(done: Finished) -> str:
+    """What was reached, and how to use it."""
+    losses = ", ".join(
+        f"{teacher} {values['teacher_loss']:.4f}"
+        for teacher, values in done.last["teachers"].items()
+    )
+    made = f"{done.made:,} made now" if done.made else "finished before"
+    return (
+        f"{done.steps:,} steps ({made}); loss {losses}\n"
+        f'student: timm.create_model("local-dir:{done.student}", pretrained=True)'
+    )
+
+
+def main() -> NoReturn:
+    """Entry point of the command."""
+    run_command(app)

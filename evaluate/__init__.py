@@ -1,0 +1,1 @@
+"""Stage 3: probe frozen encoders, students and teachers alike."""

@@ -1,0 +1,197 @@
+"""Features and labels of a data set, through the extraction stage and its cache.
+
+The only door of this stage to `extract` and `distill`: students and teachers come in the same way.
+N = images, S = view size, D = channels, P = patch tokens. The path of one data set:
+  1. `extract`      every encoder over the centre view of every image, into
+                    `<cache>/eval/<set>-<split>-<recipe>`; what is there already is not done again;
+  2. `Split`        that cache opened: `cls [N, D]`, patch tokens on demand, float32;
+  3. labels         read from the tars: `.cls` (a number), `.seg.png` (a mask, cut like the view).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from extract.teachers import encoder_folder
+from torch import Tensor
+
+from extract.cache.dataset import CachedViews
+from extract.cache.errors import CacheError, ImageError, UserError
+from extract.cache.images import decode_mask
+from extract.cache.reader import Cache, Selection, select
+from extract.cache.schema import VIEWS
+from extract.cache.views import parse_recipe
+from extract.config import ExtractConfig
+from extract.run import extract
+
+__all__ = [
+    "EvaluationError",
+    "PatchTokens",
+    "Split",
+    "UserError",
+    "encoder_folder",
+    "extract_split",
+]
+
+
+class EvaluationError(UserError):
+    """A data set or an encoder that cannot be evaluated as asked."""
+
+
+@dataclass(frozen=True)
+class PatchTokens:
+    """Patch tokens of one encoder over a split, read from the cache when they are indexed."""
+
+    dataset: CachedViews
+    encoder: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Tokens float32 `[B, P, D]` of the rows `[B]`."""
+        batch = self.dataset.__getitems__(torch.as_tensor(rows).tolist())
+        return batch["targets"][self.encoder]["patches"].float()
+
+
+class Split:
+    """One split of a data set, with the features of every encoder; rows are in the tars' order."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self._pictures = CachedViews(selection, arrays=())
+
+    def __len__(self) -> int:
+        return self._pictures.rows
+
+    def cls(self, encoder: str) -> Tensor:
+        """Global tokens float32 `[N, D]`."""
+        dataset = self._features(encoder, "cls")
+        batch = dataset.__getitems__(range(len(dataset)))
+        return batch["targets"][encoder]["cls"].float()
+
+    def patches(self, encoder: str) -> PatchTokens:
+        """Patch tokens, on demand."""
+        return PatchTokens(self._features(encoder, "patches"), encoder)
+
+    def _features(self, encoder: str, array: str) -> CachedViews:
+        one = Selection(
+            self.selection.cache, self.selection.recipe, (encoder,), (0,), self.selection.tars
+        )
+        return CachedViews(one, arrays=(array,), pixels=False)
+
+    def grid(self, encoder: str) -> tuple[int, int]:
+        """Rows and columns of the encoder's patch tokens."""
+        rows, columns = self.selection.cache.encoder(encoder).grid
+        return rows, columns
+
+    def weights_sha256(self, encoder: str) -> str:
+        """Hash of the encoder's weights."""
+        return self.selection.cache.encoder(encoder).weights_sha256
+
+    def pictures(self, rows: Sequence[int]) -> Tensor:
+        """The views of some rows, uint8 `[n, 3, S, S]`."""
+        return self._pictures.__getitems__(list(rows))["views"]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Class numbers int64 `[N]` from the `.cls` members; raises `EvaluationError` without."""
+        return torch.tensor([self._label(*place) for place in self._places()])
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """Category masks uint8 `[N, S, S]` from `.seg.png`, 255 = ignored, cut like the views."""
+        recipe = parse_recipe(self.selection.recipe)
+        masks = []
+        for tar, ordinal in self._places():
+            where, data = self._member(tar, ordinal, "seg.png", "unic-eval segmentation")
+            mask = decode_mask(data, where)
+            unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
+            parameters = {name: unit.column(name)[ordinal] for name in recipe.columns}
+            masks.append(recipe.apply_mask(mask, parameters).to(torch.uint8))
+        return torch.stack(masks)
+
+    def _places(self) -> list[tuple[str, int]]:
+        rows = zip(self.selection.tars, self.selection.rows_per_tar.tolist(), strict=True)
+        return [(tar, ordinal) for tar, count in rows for ordinal in range(count)]
+
+    def _label(self, tar: str, ordinal: int) -> int:
+        where, data = self._member(tar, ordinal, "cls", "knn and classification")
+        try:
+            return int(data)
+        except ValueError:
+            raise EvaluationError(
+                f"{where}: its label {data[:20]!r} is no number; .cls members hold class numbers"
+            ) from None
+
+    def _member(self, tar: str, ordinal: int, extension: str, task: str) -> tuple[str, bytes]:
+        index = self._pictures.tars.index(tar)
+        sample = index.samples[ordinal]
+        where = f"{index.path.name}:{sample.key}.{extension}"
+        if extension not in sample.members:
+            raise EvaluationError(
+                f"{where} is missing, and {task} needs it: the tars must hold labels beside their "
+                f"images; this sample has {', '.join(sorted(sample.members))}"
+            )
+        return where, index.read(sample, extension)
+
+
+def extract_split(
+    encoders: Sequence[str],
+    data: Sequence[str],
+    cache: Path,
+    *,
+    name: str,
+    split: str,
+    size: int,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> Split:
+    """Extract a split with every encoder (what is missing of it), and open it.
+
+    `name` is the data set's; without one the split's folder is named by a digest of the paths.
+    """
+    recipe = f"center@{size}"
+    digest = hashlib.sha256("\n".join(str(Path(d).absolute()) for d in data).encode()).hexdigest()
+    folder = re.sub(r"\W+", "-", name) or f"data-{digest[:8]}"
+    root = cache / "eval" / f"{folder}-{split}-{recipe}"
+    extract(
+        ExtractConfig(
+            data=tuple(data),
+            cache=root,
+            teachers=tuple(encoders),
+            recipe=recipe,
+            views=1,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            replace=True,
+        )
+    )
+    names = [encoder_folder(encoder) for encoder in encoders]
+    opened = Cache(root)
+    tars = _tars_of(opened, data)
+    return Split(select(opened, names, recipe, tars=tars))
+
+
+def _tars_of(cache: Cache, data: Sequence[str]) -> list[str]:
+    """Stems of all tars that the split's cache has: it holds this split and nothing else."""
+    stems = sorted(path.stem for path in (cache.root / "tars").glob("*.json"))
+    if not stems:
+        raise CacheError(f"{cache.root} holds no tars of {', '.join(data)}")
+    return stems
+
+
+def count_categories(masks_NSS: Tensor) -> int:
+    """Categories in masks: the largest index that is not 255, plus one; raises for empty masks."""
+    indices = np.unique(masks_NSS.numpy())
+    indices = indices[indices != 255]
+    if not len(indices):
+        raise ImageError("the masks hold nothing but 255 (ignored)")
+    return int(indices.max()) + 1
