@@ -80,11 +80,11 @@ class CachedViews(Dataset[Batch]):
         self.rows = int(selection.rows_per_tar.sum())
         self.num_views = len(selection.views)
         self._first_row = np.concatenate([[0], np.cumsum(selection.rows_per_tar)])
-        self._grids = {
-            name: tuple(selection.cache.encoder(name).grid)
+        self._subsets = [
+            name
             for name in selection.encoders
             if selection.cache.codec(name, selection.recipe).patches is not None
-        }
+        ]
         self.tars = TarSource(selection.cache, selection.tars, data or {})
         self._units: dict[tuple[str, int, str], Unit] = {}
 
@@ -105,7 +105,7 @@ class CachedViews(Dataset[Batch]):
                 name: {a: self._gather(name, a, groups, len(index_B)) for a in self.arrays}
                 for name in self.selection.encoders
             },
-            positions={name: self._positions(name, groups, len(index_B)) for name in self._grids},
+            positions={name: self._positions(name, groups, len(index_B)) for name in self._subsets},
             index=torch.from_numpy(index_B),
         )
 
@@ -144,7 +144,8 @@ class CachedViews(Dataset[Batch]):
         return unit
 
     def _positions(self, encoder: str, groups: list[Group], size: int) -> Tensor:
-        name = patch_index_name(self._grids[encoder])
+        rows, columns = self.selection.cache.encoder(encoder).grid
+        name = patch_index_name((rows, columns))
         return self._gather(VIEWS, name, groups, size).long()
 
     def _gather(self, owner: str, name: str, groups: list[Group], size: int) -> Tensor:
