@@ -54,6 +54,7 @@ class Project:
     seed: int | None = None
     student: str | None = None
     epochs: int | None = None
+    batch_size: int | None = None
     learning_rate: float | None = None
     teachers: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -96,6 +97,7 @@ def _parse(path: Path, name: str, value: Any) -> Any:
         "views": (int,),
         "seed": (int,),
         "epochs": (int,),
+        "batch_size": (int,),
         "learning_rate": (int, float),
     }
     return _typed(path, name, value, numbers.get(name, str))

@@ -64,8 +64,11 @@ def unic_distill(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Images a step.", rich_help_panel=METHOD)
-    ] = DEFAULTS.batch_size,
+        int | None,
+        typer.Option(
+            help=f"Images a step.  [default: {DEFAULTS.batch_size}]", rich_help_panel=METHOD
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -131,7 +134,7 @@ def unic_distill(
         view_recipe=view_recipe or project.recipe,
         views=views,
         epochs=epochs or project.epochs or DEFAULTS.epochs,
-        batch_size=batch_size,
+        batch_size=batch_size or project.batch_size or DEFAULTS.batch_size,
         lr=lr or project.learning_rate or DEFAULTS.lr,
         drop=drop,
         train_norm=train_norm,

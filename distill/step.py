@@ -72,8 +72,13 @@ class Distillation(nn.Module):
         predicted = self.ladder(outputs, chosen)
         raw = {name: (tokens["cls"], tokens["patches"]) for name, tokens in targets.items()}
         wanted = self.standardization(raw, momentum)
-        reduce = self.recipe.reduce
-        results = [teacher_loss(*predicted[t], *wanted[t], reduce) for t in self.ladder.dims]
+        results = []
+        for teacher in self.ladder.dims:
+            target_cls, target_patches = wanted[teacher]
+            cls, patches = predicted[teacher]
+            results.append(
+                teacher_loss(cls, patches, target_cls, target_patches, self.recipe.reduce)
+            )
         parts = {
             name: torch.stack([result.parts[name].mean() for result in results])
             for name in results[0].parts

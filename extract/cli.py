@@ -91,8 +91,8 @@ def unic_extract(
         cache=cache or project.cache or Path(_lacking("--cache feats")),
         teachers=tuple(name_encoder(name, project) for name in teacher),
         recipe=recipe or project.recipe or DEFAULTS.recipe,
-        views=views or project.views or DEFAULTS.views,
-        seed=seed if seed is not None else project.seed or DEFAULTS.seed,
+        views=_first(views, project.views, DEFAULTS.views),
+        seed=_first(seed, project.seed, DEFAULTS.seed),
         batch_size=batch_size,
         workers=workers,
         store_views=store_views,
@@ -117,6 +117,11 @@ def summary(done: Extracted) -> str:
         f"{os.fspath(done.folder)}: {rows:,} rows ({done.images:,} images x {done.views} views), "
         f"{state}; {shapes}"
     )
+
+
+def _first(*values: int | None) -> int:
+    # Not `or`: zero is an answer too, and --views 0 must reach the check that refuses it.
+    return next(value for value in values if value is not None)
 
 
 def _lacking(flag: str) -> NoReturn:
