@@ -48,9 +48,15 @@ class ExtractConfig:
         """The device: as named, else the first CUDA device, else the CPU."""
         if self.device != "auto":
             try:
-                return torch.device(self.device)
+                device = torch.device(self.device)
             except RuntimeError:
                 raise UserError(
                     f"--device {self.device!r} is no device; expected cpu, cuda or cuda:N"
                 ) from None
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise UserError(
+                    f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA "
+                    "devices that torch can use; choose another, or --device cpu"
+                )
+            return device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

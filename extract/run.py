@@ -7,6 +7,7 @@
 A second run finds the units that have a manifest and makes only what is missing.
 """
 
+import glob
 import os
 import platform
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from extract.cache.images import (
 from extract.cache.reader import Cache
 from extract.cache.schema import (
     FORMAT_VERSION,
+    VIEWS,
     CacheRecord,
     CodecRecord,
     EncoderRecord,
@@ -64,7 +66,7 @@ def extract(config: ExtractConfig) -> list[Extracted]:
     Raises `UserError` (images, encoders, an unsuitable cache); everything published before stays.
     """
     recipe = parse_recipe(config.recipe)
-    encoders = {check_name(encoder_folder(name)): name for name in config.teachers}
+    encoders = _by_folder(config.teachers)
     with Staging(config.cache) as staging:
         cache = _open_or_create(config, staging)
         tars = find_tars(config.data, cache, config.seed)
@@ -97,6 +99,19 @@ def extract(config: ExtractConfig) -> list[Extracted]:
         Extracted(name, cache.root / name, images, config.views, computed[name], record.arrays)
         for name, (record, _) in job.encoders.items()
     ]
+
+
+def _by_folder(teachers: tuple[str, ...]) -> dict[str, str]:
+    encoders: dict[str, str] = {}
+    for name in teachers:
+        folder = check_name(encoder_folder(name))
+        if folder in encoders:
+            raise CacheError(
+                f"{encoders[folder]} and {name} would both be stored as {folder!r}: name each "
+                "encoder once, or give one a name of its own with --teacher NEWNAME=…"
+            )
+        encoders[folder] = name
+    return encoders
 
 
 def find_tars(data: tuple[str, ...], cache: Cache, seed: int) -> list[Path]:
@@ -139,7 +154,8 @@ def _record_encoder(
     path = cache.layout.encoder(folder)
     stored = EncoderRecord.read(path) if path.exists() else None
     if stored is not None and stored.identity() != record.identity():
-        if not replace:
+        # A run that failed before its first unit may have left a record that nothing relies on.
+        if not replace and any((cache.root / folder).glob("*/*/*.json")):
             raise CacheError(_other_encoder(cache.root / folder, stored, record))
         # Out of sight in one step, then deleted with the staging folder.
         os.rename(cache.root / folder, staging.folder / f"replaced-{folder}")
@@ -219,9 +235,10 @@ def _extract_tars(job: Job, tars: list[Path], staging: Staging) -> tuple[dict[st
 
 def _tar_record(job: Job, path: Path, staging: Staging) -> TarRecord:
     """Write, or compare with, the tar's record; raises `CacheError` when it is another tar."""
-    cache, stem = job.cache, path.stem
+    cache, stem = job.cache, path.name.removesuffix(".tar")
     target = cache.layout.tar(stem)
-    if target.exists():
+    # Without a unit nothing relies on the record: a tar that stopped a run may have been mended.
+    if target.exists() and _has_units(cache, stem):
         stored = cache.tar(stem)
         complete = not any(job.missing(stem).values())
         same = path.stat().st_size == stored.bytes
@@ -243,3 +260,11 @@ def _tar_record(job: Job, path: Path, staging: Staging) -> TarRecord:
     )
     record.write(target, staging.folder)
     return record
+
+
+def _has_units(cache: Cache, stem: str) -> bool:
+    return any(
+        path
+        for owner in (VIEWS, *cache.encoders())
+        for path in (cache.root / owner).glob(f"*/*/{glob.escape(stem)}.json")
+    )

@@ -98,6 +98,8 @@ class CachedViews(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The samples `indices` as one batch; what a `DataLoader` calls."""
         index_B = np.asarray(indices, dtype=np.int64)
+        if not len(index_B):
+            raise ValueError("a batch needs at least one sample")
         groups = list(self._groups(index_B))
         return Batch(
             views=self._views(index_B, groups) if self.pixels else torch.empty(0),
