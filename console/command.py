@@ -15,6 +15,7 @@ from rich.text import Text
 
 from extract.cache.errors import UserError
 
+STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -31,8 +32,13 @@ def run_command(app: typer.Typer) -> NoReturn:
         _say(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, Terminated) as stop:
-        _say("stopped; what was finished is kept, and the same command goes on from there")
+        _say(STOPPED)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except SystemExit as leaving:
+        # typer turns Ctrl-C into this code by itself, silently.
+        if leaving.code == 130:
+            _say(STOPPED)
+        raise
     sys.exit(0)
 
 

@@ -19,6 +19,8 @@ def parse_student(text: str) -> tuple[str, dict[str, Any]]:
         content = json.loads((Path(text) / "config.json").read_text())
         arguments = content.get("model_args") or {}
         kept = {name: value for name, value in arguments.items() if name not in NOT_ARCHITECTURE}
+        if "architecture" not in content:
+            raise ValueError(f"{text}/config.json names no architecture: it is no timm folder")
         return content["architecture"], kept
     name, *words = text.split() or [""]
     arguments = {}

@@ -44,9 +44,16 @@ def save(
     _replace(data, lambda aside: save_file(tensors, aside))
     content = {"step": step, "sha256": _sha256(data)}
     _replace(record, lambda aside: aside.write_text(json.dumps(content) + "\n"))
-    for old in sorted(folder.glob("*.json"))[:-KEPT]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    _sweep(folder, record)
+
+
+def _sweep(folder: Path, newest: Path) -> None:
+    # Later ones are damaged, or this step would not have been made again.
+    kept = sorted(path.stem for path in folder.glob("*.json") if path.stem <= newest.stem)[-KEPT:]
+    # In this order a record goes before its tensors.
+    for path in sorted(folder.iterdir()):
+        if path.stem not in kept and path.suffix in (".json", ".safetensors", ".partial"):
+            path.unlink()
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -57,7 +64,7 @@ def load(folder: Path) -> Checkpoint | None:
             content = json.loads(record.read_text())
             if _sha256(data) == content["sha256"]:
                 return Checkpoint(int(content["step"]), load_file(data))
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
     return None
 

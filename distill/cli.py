@@ -1,7 +1,7 @@
 """`unic-distill`: train one student from the cached features of several teachers."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -133,9 +133,9 @@ def unic_distill(
         teachers=tuple(teacher or ()),
         view_recipe=view_recipe or project.recipe,
         views=views,
-        epochs=epochs or project.epochs or DEFAULTS.epochs,
-        batch_size=batch_size or project.batch_size or DEFAULTS.batch_size,
-        lr=lr or project.learning_rate or DEFAULTS.lr,
+        epochs=_given(epochs, project.epochs, DEFAULTS.epochs),
+        batch_size=_given(batch_size, project.batch_size, DEFAULTS.batch_size),
+        lr=_given(lr, project.learning_rate, DEFAULTS.lr),
         drop=drop,
         train_norm=train_norm,
         seed=seed if seed is not None else project.seed or DEFAULTS.seed,
@@ -146,6 +146,11 @@ def unic_distill(
         data=tuple(data or ()),
     )
     typer.echo(summary(distill(config)))
+
+
+def _given(*choices: Any) -> Any:
+    """The first that was given; 0 counts, so that it is refused rather than replaced."""
+    return next(choice for choice in choices if choice is not None)
 
 
 def summary(done: Finished) -> str:

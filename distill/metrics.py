@@ -1,8 +1,8 @@
 """What a run writes down, in `metrics.jsonl` and TensorBoard: means since the last line.
 
 M = teachers. Losses and coefficients are summed on the device and fetched once a line, so that the
-training loop does not wait for the device in between. Fig. 3a of the paper is `teachers.*.loss`
-over steps, Fig. 4 is `teachers.*.coefficient`.
+training loop does not wait for the device in between. Fig. 3a of the paper is
+`teachers.*.teacher_loss` over steps, Fig. 4 is `teachers.*.coefficient`.
 """
 
 import json

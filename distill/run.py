@@ -10,7 +10,7 @@ Stopped anywhere, the same command goes on from the last checkpoint, to the same
 
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,16 @@ class Training:
         """
         path, wanted = self.config.out / "config.json", self.describe()
         if path.exists():
-            changed = differences(json.loads(path.read_text()), wanted)
+            changed = differences(_settings(path), wanted)
             if changed:
                 raise DistillError(
                     f"{self.config.out} holds a run with other settings ({'; '.join(changed)}): "
                     "use the same ones to go on with it, or another --out"
                 )
         self.config.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1) + "\n")
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text(json.dumps(wanted, indent=1) + "\n")
+        aside.rename(path)
         found = checkpoint.load(self.checkpoints)
         if found is None:
             return 0
@@ -176,10 +178,10 @@ class Training:
     def train(self, first: int) -> None:
         """Make the steps from `first` on; on a stop request, save and raise what asked for it."""
         teachers = list(self.distillation.ladder.dims)
-        metrics = Metrics(self.config.out, teachers, first)
         saved = time.monotonic()
         bar = ProgressBar("distill", self.total, "steps", start=first)
-        with bar, StopRequest() as stop:
+        opened = closing(Metrics(self.config.out, teachers, first))
+        with opened as metrics, bar, StopRequest() as stop:
             waited = time.monotonic()
             stream = self.batches.iterate(first, self.total, self.config.workers)
             for step, batch in enumerate(stream, first):
@@ -188,16 +190,18 @@ class Training:
                 done = step + 1
                 last = done == self.total
                 due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+                # Asked once a step: a signal that comes while saving is for the next one.
+                stopping = bool(stop)
                 note = ""
-                if done % self.config.log_every == 0 or last or due or stop:
+                if done % self.config.log_every == 0 or last or due or stopping:
                     note = self._log(metrics, done)
-                if last or due or stop:
+                if last or due or stopping:
                     checkpoint.save(self.checkpoints, done, self.modules, self.optimizer)
                     saved = time.monotonic()
                 bar.advance(1, note)
-                stop.raise_if_requested()
+                if stopping:
+                    stop.raise_if_requested()
                 waited = time.monotonic()
-        metrics.close()
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One optimisation step; returns the detached metrics of `Distillation.forward`."""
@@ -275,7 +279,21 @@ def _to(
     return move(batch["views"]), targets, {n: move(p) for n, p in batch["positions"].items()}
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DistillError(
+            f"{path} is damaged ({error}), so that the run in its folder cannot go on: "
+            "restore it, or use another --out"
+        ) from None
+
+
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DistillError(f"--device {name} cannot be used here: {reason}") from None
