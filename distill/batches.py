@@ -113,7 +113,8 @@ class TrainingBatches:
 
     def iterate(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """Batches of the steps `start` to `stop - 1` in order, read ahead by `workers` threads."""
-        with ThreadPoolExecutor(workers) as pool:
+        # Batches are the unit of parallel work: threads within one would only get in the way.
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: list[Future[Batch]] = []
             try:
                 for step in range(start, stop):
