@@ -15,6 +15,8 @@ from rich.text import Text
 
 from extract.cache.errors import UserError
 
+__all__ = ["StopRequest", "Terminated", "UserError", "run_command"]
+
 STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 

@@ -1,7 +1,7 @@
 """`unic-distill`: train one student from the cached features of several teachers."""
 
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -9,7 +9,9 @@ from console.command import run_command
 from console.project import ProjectError, read_project
 from distill.config import DistillConfig
 from distill.recipes import RECIPES
-from distill.run import Finished, distill
+
+if TYPE_CHECKING:
+    from distill.run import Finished
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DEFAULTS = DistillConfig(cache=Path(), out=Path())
@@ -145,6 +147,9 @@ def unic_distill(
         checkpoint_minutes=checkpoint_minutes,
         data=tuple(data or ()),
     )
+    # Here, so that --help does not wait for torch.
+    from distill.run import distill
+
     typer.echo(summary(distill(config)))
 
 
@@ -153,7 +158,7 @@ def _given(*choices: Any) -> Any:
     return next(choice for choice in choices if choice is not None)
 
 
-def summary(done: Finished) -> str:
+def summary(done: "Finished") -> str:
     """What was reached, and how to use it."""
     losses = ", ".join(
         f"{teacher} {values['teacher_loss']:.4f}"

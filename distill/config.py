@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.batches import UserError
+from console.command import UserError
 
 
 class DistillError(UserError):

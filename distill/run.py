@@ -20,6 +20,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from console.command import StopRequest
+from console.device import torch_device
 from console.progress import ProgressBar
 from distill import checkpoint, optim
 from distill.architecture import parse_student
@@ -59,7 +60,7 @@ def distill(config: DistillConfig) -> Finished:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    device = _device(config.device)
+    device = torch_device(config.device)
     torch.manual_seed(config.seed)
     distillation = build(config, batches).to(device).train()
     run = Training(config, batches, distillation, device)
@@ -287,13 +288,3 @@ def _settings(path: Path) -> dict[str, Any]:
             f"{path} is damaged ({error}), so that the run in its folder cannot go on: "
             "restore it, or use another --out"
         ) from None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DistillError(f"--device {name} cannot be used here: {reason}") from None

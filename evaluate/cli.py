@@ -8,7 +8,6 @@ import typer
 from console.command import run_command
 from console.project import Project, ProjectError, Task, read_project
 from evaluate.config import EvalConfig
-from evaluate.run import evaluate
 from evaluate.table import print_scores
 
 app = typer.Typer(
@@ -139,6 +138,9 @@ def _run(
         workers=workers,
         device=device,
     )
+    # Here, so that --help does not wait for torch.
+    from evaluate.run import evaluate
+
     print_scores(evaluate(config))
     typer.echo(f"written to {config.results}")
 

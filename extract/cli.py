@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from console.command import run_command
 from console.project import Project, ProjectError, read_project
 from extract.config import ExtractConfig
-from extract.run import Extracted, extract
+
+if TYPE_CHECKING:
+    from extract.run import Extracted
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DEFAULTS = ExtractConfig(data=(), cache=Path(), teachers=("dino",))
@@ -99,6 +101,9 @@ def unic_extract(
         weights=weights,
         device=device,
     )
+    # Here, so that --help does not wait for torch.
+    from extract.run import extract
+
     for line in extract(config):
         typer.echo(summary(line))
 
@@ -108,7 +113,7 @@ def name_encoder(name: str, project: Project) -> str:
     return f"{name}={project.teachers[name]}" if name in project.teachers else name
 
 
-def summary(done: Extracted) -> str:
+def summary(done: "Extracted") -> str:
     """One line about one encoder's part of the cache."""
     shapes = ", ".join(f"{name} {shape}" for name, shape in done.arrays.items())
     rows = done.images * done.views

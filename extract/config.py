@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from extract.cache.errors import UserError
 
 
@@ -43,20 +41,3 @@ class ExtractConfig:
                 f"--weights goes with exactly one --teacher, found {len(self.teachers)}; "
                 "run unic-extract once for each, the views are shared through the cache"
             )
-
-    def torch_device(self) -> torch.device:
-        """The device: as named, else the first CUDA device, else the CPU."""
-        if self.device != "auto":
-            try:
-                device = torch.device(self.device)
-            except RuntimeError:
-                raise UserError(
-                    f"--device {self.device!r} is no device; expected cpu, cuda or cuda:N"
-                ) from None
-            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-                raise UserError(
-                    f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA "
-                    "devices that torch can use; choose another, or --device cpu"
-                )
-            return device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from console.device import torch_device
 from console.progress import ProgressBar
 from extract.cache.errors import CacheError
 from extract.cache.images import (
@@ -75,7 +76,7 @@ def extract(config: ExtractConfig) -> list[Extracted]:
                 name,
                 size=recipe.size,
                 weights=config.weights,
-                device=config.torch_device(),
+                device=torch_device(config.device),
             )
             for folder, name in encoders.items()
         }

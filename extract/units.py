@@ -125,7 +125,7 @@ class TarExtraction:
         """Rendered batches in order; the next one is made while the caller uses this one."""
         size, total = self.job.batch_size, self.record.rows
         batches = [range(i, min(i + size, total)) for i in range(0, total, size)]
-        # Images are the unit of parallel work: threads within one would only get in each other's way.
+        # Images are the unit of parallel work: threads within one would only get in the way.
         with ThreadPoolExecutor(
             self.job.workers, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
