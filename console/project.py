@@ -56,6 +56,8 @@ class Project:
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    drop_path: float | None = None
+    warmup_epochs: int | None = None
     teachers: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
 
@@ -99,6 +101,8 @@ def _parse(path: Path, name: str, value: Any) -> Any:
         "epochs": (int,),
         "batch_size": (int,),
         "learning_rate": (int, float),
+        "drop_path": (int, float),
+        "warmup_epochs": (int,),
     }
     return _typed(path, name, value, numbers.get(name, str))
 

@@ -6,23 +6,28 @@ from typing import Annotated, NoReturn
 import typer
 
 from console.command import run_command
-from demo.run import DemoConfig, demo
-from evaluate.table import print_scores
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-DEFAULTS = DemoConfig(folder=Path("unic-demo"))
 
 
 @app.command()
 def unic_demo(
-    folder: Annotated[Path, typer.Option(help="Project folder to make.")] = DEFAULTS.folder,
-    seed: Annotated[int, typer.Option(help="Seed of scenes, views and training.")] = DEFAULTS.seed,
+    folder: Annotated[Path, typer.Option(help="Project folder to make.")] = Path("unic-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of scenes, views and training.")] = 0,
 ) -> None:
     """Distil two tiny cached teachers into a student and score it beside them.
 
     Makes scenes, extracts both teachers' features over four views, distils, and probes teachers,
     student, a random-init encoder and raw pixels. Leaves a project folder to play in.
     """
+    # Here, so that --help does not wait for torch.
+    import torch
+
+    from demo.run import DemoConfig, demo
+    from evaluate.table import print_scores
+
+    # Tensors of 64 channels gain nothing from several threads.
+    torch.set_num_threads(1)
     scores = demo(DemoConfig(folder=folder, seed=seed))
     print_scores(scores)
     typer.echo(

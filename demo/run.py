@@ -40,9 +40,12 @@ class DemoConfig:
     train_images: int = 1500
     test_images: int = 500
     views: int = 4
-    epochs: int = 16
-    batch_size: int = 64
-    lr: float = 4e-3
+    epochs: int = 24
+    batch_size: int = 32
+    lr: float = 1.6e-2
+    drop_path: float = 0.0
+    warmup_epochs: int = 3
+    probe_steps: int = 600
 
 
 class DemoError(UserError):
@@ -82,6 +85,8 @@ def demo(config: DemoConfig) -> list[Score]:
             epochs=config.epochs,
             batch_size=config.batch_size,
             lr=config.lr,
+            drop_path=config.drop_path,
+            warmup_epochs=config.warmup_epochs,
             seed=config.seed,
         )
     )
@@ -113,6 +118,7 @@ def evaluation(config: DemoConfig, task: str, encoders: tuple[str, ...]) -> Eval
         classes=CATEGORIES,
         size=SIZE,
         seed=config.seed,
+        steps=config.probe_steps,
     )
 
 
@@ -151,6 +157,8 @@ student = "teachers/{next(iter(teachers()))}"
 epochs = {config.epochs}
 batch_size = {config.batch_size}
 learning_rate = {config.lr}
+drop_path = {config.drop_path}
+warmup_epochs = {config.warmup_epochs}
 
 [teachers]
 {named}

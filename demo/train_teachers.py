@@ -1,11 +1,11 @@
 """How the demo's two teachers were made: `python -m demo.train_teachers`, minutes on two cores.
 
     scenes_supervised   cross-entropy on the scenes' classes: its CLS token knows what stands there
-    scenes_masked       masked image modelling (He et al. 2022): 14 of 36 patches in, the pixels of
-                        the others out; no label is ever seen
+    scenes_masked       masked feature prediction (after MaskFeat, Wei et al. 2022): gradients and
+                        colours of hidden patches from those around them; no label is ever seen
 
 Both are the same tiny ViT, on 8,000 scenes of seeds that the demo never uses.
-B = batch, P = 36 patches, V = 14 visible ones, D = 64 channels.
+B = batch, P = 36 patches, D = 64 channels, C = 12 numbers that describe a patch.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from demo.scenes import CLASSES, SIZE, scene
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-PATCH, WIDTH, HEADS, VISIBLE = 8, 64, 4, 14
-PATCHES = (SIZE // PATCH) ** 2
+PATCH, WIDTH, HEADS = 8, 64, 4
+ORIENTATIONS, HIDDEN = 8, 0.4
+DESCRIBED = ORIENTATIONS + 4
 MODEL: dict[str, Any] = {
     **{"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 4, "num_heads": HEADS},
     "num_classes": 0,
@@ -48,31 +48,39 @@ class Supervised(nn.Module):
 
 
 class Masked(nn.Module):
-    """Squared error of a one-block decoder on the normalised pixels of hidden patches."""
+    """Masked feature prediction: what a hidden patch looks like, told from those around it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mask = nn.Parameter(torch.zeros(WIDTH))
-        self.positions = nn.Parameter(0.02 * torch.randn(1 + PATCHES, WIDTH))
-        self.decoder = Block(WIDTH, HEADS)
-        self.pixels = nn.Linear(WIDTH, 3 * PATCH * PATCH)
+        self.patches = nn.Linear(WIDTH, DESCRIBED)
+        self.image = nn.Linear(WIDTH, DESCRIBED)
 
     def forward(self, model: Any, pixels_B3SS: Tensor, labels_B: Tensor) -> Tensor:
         """The batch's loss; labels are not looked at."""
-        batch = len(pixels_B3SS)
-        tokens_BTD = model._pos_embed(model.patch_embed(pixels_B3SS))
-        visible_BV = torch.rand(batch, PATCHES).argsort(1)[:, :VISIBLE]
-        kept = torch.cat([torch.zeros(batch, 1, dtype=torch.long), visible_BV + 1], 1)
-        kept = kept[..., None].expand(-1, -1, WIDTH)
-        encoded = model.norm(model.blocks(tokens_BTD.gather(1, kept)))
-        everything = self.mask.expand(batch, 1 + PATCHES, WIDTH).scatter(1, kept, encoded)
-        guess_BPC = self.pixels(self.decoder(everything + self.positions))[:, 1:]
-        target_BPC = F.unfold(pixels_B3SS, PATCH, stride=PATCH).mT
-        spread = target_BPC.std(-1, keepdim=True) + 0.1
-        target_BPC = (target_BPC - target_BPC.mean(-1, keepdim=True)) / spread
-        hidden_BP = torch.ones(batch, PATCHES).scatter(1, visible_BV, 0.0)
-        error_BP = (guess_BPC - target_BPC).square().mean(-1)
-        return (error_BP * hidden_BP).sum() / hidden_BP.sum()
+        target_BPC = describe(pixels_B3SS)
+        hidden_BP1 = torch.rand(*target_BPC.shape[:2], 1) < HIDDEN
+        tokens_BPD = torch.where(hidden_BP1, self.mask, model.patch_embed(pixels_B3SS))
+        encoded = model.norm(model.blocks(model._pos_embed(tokens_BPD)))
+        dense = F.smooth_l1_loss(self.patches(encoded[:, 1:]), target_BPC)
+        return dense + F.smooth_l1_loss(self.image(encoded[:, 0]), target_BPC.mean(1))
+
+
+def describe(pixels_B3SS: Tensor) -> Tensor:
+    """Look of each patch `[B, P, 12]`: 8 gradient orientations (as HOG), contrast, mean colour."""
+    grey = F.pad(pixels_B3SS.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
+    down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+    strength = (across.square() + down.square() + 1e-6).sqrt()
+    angle = torch.atan2(down, across) % torch.pi / torch.pi * ORIENTATIONS
+    bins = torch.arange(ORIENTATIONS)[:, None, None]
+    distance = (angle - bins).abs()
+    share = (1 - torch.minimum(distance, ORIENTATIONS - distance)).clamp(min=0) * strength
+    shares = F.avg_pool2d(share, PATCH)
+    contrast = shares.sum(1, keepdim=True)
+    colour = F.avg_pool2d(pixels_B3SS, PATCH)
+    maps = [8 * shares / (contrast + 0.1), (contrast + 0.01).log(), 2 * colour]
+    return torch.cat(maps, 1).flatten(2).mT
 
 
 OBJECTIVES = {"supervised": (Supervised, 20), "masked": (Masked, 24)}

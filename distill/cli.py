@@ -85,6 +85,21 @@ def unic_distill(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    drop_path: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Drop path rate of the last block.  [default: {DEFAULTS.drop_path}]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    warmup_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs of linear warm-up, at most half of the run.  "
+            f"[default: {DEFAULTS.warmup_epochs}]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     views: Annotated[
         int | None,
         typer.Option(help="Use the first views only.  [default: all]", rich_help_panel=METHOD),
@@ -138,6 +153,8 @@ def unic_distill(
         epochs=_given(epochs, project.epochs, DEFAULTS.epochs),
         batch_size=_given(batch_size, project.batch_size, DEFAULTS.batch_size),
         lr=_given(lr, project.learning_rate, DEFAULTS.lr),
+        drop_path=_given(drop_path, project.drop_path, DEFAULTS.drop_path),
+        warmup_epochs=_given(warmup_epochs, project.warmup_epochs, DEFAULTS.warmup_epochs),
         drop=drop,
         train_norm=train_norm,
         seed=seed if seed is not None else project.seed or DEFAULTS.seed,

@@ -44,6 +44,10 @@ Size = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the probe.")]
 BatchSize = Annotated[int, typer.Option(help="Views a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Training steps of the head.  [default: the protocol's 31.7 epochs]", min=1),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -99,11 +103,12 @@ def segmentation(
     batch_size: BatchSize = EvalConfig.batch_size,
     workers: Workers = EvalConfig.workers,
     device: Device = EvalConfig.device,
+    steps: Steps = None,
 ) -> None:
     """Train a linear head on patch tokens; mean IoU. The tars need .seg.png masks."""
     _run(
         *("segmentation", encoder, task, train, test, cache, results, size),
-        *(seed, batch_size, workers, device),
+        *(seed, batch_size, workers, device, steps),
     )
 
 
@@ -120,6 +125,7 @@ def _run(
     batch_size: int,
     workers: int,
     device: str,
+    steps: int | None = None,
 ) -> None:
     project = read_project()
     name, data = choose_data(project, task, train, test)
@@ -137,6 +143,7 @@ def _run(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        steps=steps,
     )
     # Here, so that --help does not wait for torch.
     from evaluate.run import evaluate

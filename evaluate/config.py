@@ -8,7 +8,8 @@ from pathlib import Path
 class EvalConfig:
     """Arguments of evaluation; `name` and `classes` describe the data set where they are known.
 
-    `encoders` are written as for `unic-extract`; `size` is the side of the centre view in pixels.
+    `encoders` are written as for `unic-extract`; `size` is the side of the centre view in pixels;
+    `steps` are those of the segmentation head, its protocol's where not given.
     """
 
     task: str
@@ -24,3 +25,4 @@ class EvalConfig:
     batch_size: int = 64
     workers: int = 2
     device: str = "auto"
+    steps: int | None = None

@@ -32,6 +32,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
                 test=test,
                 classes=len(config.classes),
                 seed=config.seed,
+                steps=config.steps,
             )
             scores += run_task(config.task, request)
     finally:

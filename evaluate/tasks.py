@@ -23,6 +23,7 @@ class Request:
     test: Split
     classes: int
     seed: int
+    steps: int | None = None
 
 
 def score_knn(request: Request) -> list[Score]:
@@ -86,6 +87,7 @@ def score_segmentation(request: Request) -> list[Score]:
             test.masks.long(),
             classes,
             train.grid(name),
+            steps=request.steps,
             seed=request.seed,
             progress=show,
         )
