@@ -40,11 +40,11 @@ class DemoConfig:
     train_images: int = 1500
     test_images: int = 500
     views: int = 4
-    epochs: int = 24
+    epochs: int = 16
     batch_size: int = 32
-    lr: float = 1.6e-2
+    lr: float = 4e-2
     drop_path: float = 0.0
-    warmup_epochs: int = 3
+    warmup_epochs: int = 2
     probe_steps: int = 600
 
 
