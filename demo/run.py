@@ -180,5 +180,4 @@ def draw(test: Split, folder: Path, rows: int = 6) -> None:
         {name: test.grid(name) for name in encoders},
         test.masks[:rows].long(),
         folder / "features.png",
-        interpolation="nearest",
     )
