@@ -40,7 +40,7 @@ class DemoConfig:
     train_images: int = 1500
     test_images: int = 500
     views: int = 4
-    epochs: int = 16
+    epochs: int = 24
     batch_size: int = 32
     lr: float = 4e-2
     drop_path: float = 0.0

@@ -35,6 +35,12 @@ def parse_student(text: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def canonical(text: str) -> str:
+    """The student written out in one way, however and from whichever folder it was named."""
+    name, arguments = parse_student(text)
+    return " ".join([name, *(f"{key}={arguments[key]!r}" for key in sorted(arguments))])
+
+
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)

@@ -23,7 +23,7 @@ from console.command import StopRequest
 from console.device import torch_device
 from console.progress import ProgressBar
 from distill import checkpoint, optim
-from distill.architecture import parse_student
+from distill.architecture import canonical, parse_student
 from distill.batches import Batch, TrainingBatches
 from distill.config import DistillConfig, DistillError, differences
 from distill.export import export_heads, export_student
@@ -168,6 +168,7 @@ class Training:
         """Settings and what they were resolved to, for `config.json`."""
         return {
             **self.config.resolved(),
+            "student": canonical(self.config.student),
             "teachers": list(self.batches.teachers),
             "teacher_fingerprints": {n: t.fingerprint for n, t in self.batches.teachers.items()},
             "view_recipe": self.batches.recipe,

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from console.project import read_project
 from demo.run import DemoConfig, DemoError, demo, prepare, teachers
+from distill.cli import app as distill_app
 from evaluate.cli import app as eval_app
 from evaluate.table import Score
 
@@ -58,6 +59,7 @@ def test_it_leaves_a_project_in_which_the_commands_work(
     monkeypatch.chdir(folder)
     project = read_project()
     assert set(project.teachers) == set(teachers()) and list(project.tasks) == ["scenes"]
+    assert CliRunner().invoke(distill_app, []).stdout.startswith("1,104 steps (finished before)")
     result = CliRunner().invoke(eval_app, ["knn"])
     assert result.exit_code == 0, result.output
     for name in ("scenes_masked", "scenes_supervised", "unic"):
@@ -67,8 +69,8 @@ def test_it_leaves_a_project_in_which_the_commands_work(
 
 
 def test_the_picture_shows_all_encoders(finished: tuple[Path, list[Score]]) -> None:
-    picture = Image.open(finished[0] / "features.png")
-    assert picture.width > 900 and picture.height > 600
+    with Image.open(finished[0] / "features.png") as picture:
+        assert picture.width > 900 and picture.height > 600
 
 
 def test_a_second_run_makes_nothing_anew(finished: tuple[Path, list[Score]]) -> None:

@@ -1,6 +1,7 @@
 """Lines of metrics are means since the last line; a resumed run continues the file."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -90,6 +91,8 @@ def test_starting_over_leaves_no_line_of_the_past(tmp_path):
 
 def test_tensorboard_shows_the_same_numbers(tmp_path):
     fill(tmp_path, 1, 4)
+    # TensorBoard orders a run's files by the second in their names.
+    time.sleep(1.1)
     fill(tmp_path, 3, 5, loss=10.0, start=2)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

@@ -229,7 +229,7 @@ def test_a_cache_that_lacks_a_unit_is_refused(own):
         (dict(student=STUDENT + " patch_size=7x"), "cannot build the run"),
         (dict(student=STUDENT + " heads=3"), "heads"),
         (dict(drop=1.5), r"in \[0, 1\], got 1.5"),
-        (dict(device="gpu"), "--device gpu cannot be used here"),
+        (dict(device="gpu"), "--device 'gpu' is no device"),
     ],
     ids=["single", "recipe", "student", "resnet", "value", "argument", "drop", "device"],
 )
