@@ -115,7 +115,10 @@ def _task(path: Path, name: str, value: Any) -> Task:
     return Task(
         train=_patterns(path, f"tasks.{name}.train", table["train"]),
         test=_patterns(path, f"tasks.{name}.test", table["test"]),
-        classes=[str(item) for item in table.get("classes", [])],
+        classes=[
+            str(item)
+            for item in _typed(path, f"tasks.{name}.classes", table.get("classes", []), list)
+        ],
     )
 
 

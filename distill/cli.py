@@ -116,7 +116,12 @@ def unic_distill(
             "--train-norm", help="Train the student's final norm.", rich_help_panel=METHOD
         ),
     ] = DEFAULTS.train_norm,
-    seed: Annotated[int | None, typer.Option(help="  [default: 0]", rich_help_panel=METHOD)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of order, draws and initialisation.  [default: 0]", rich_help_panel=METHOD
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Threads that read and render ahead.", rich_help_panel=RUNNING)
     ] = DEFAULTS.workers,

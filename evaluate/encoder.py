@@ -17,26 +17,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from extract.teachers import encoder_folder
 from torch import Tensor
 
 from extract.cache.dataset import CachedViews
-from extract.cache.errors import CacheError, ImageError, UserError
-from extract.cache.images import decode_mask
+from extract.cache.errors import ImageError, UserError
+from extract.cache.images import decode_mask, is_image_folder
 from extract.cache.reader import Cache, Selection, select
 from extract.cache.schema import VIEWS
 from extract.cache.views import parse_recipe
 from extract.config import ExtractConfig
-from extract.run import extract
+from extract.packing import list_pictures
+from extract.run import extract, find_tars
+from extract.teachers import encoder_folder
 
 __all__ = [
     "EvaluationError",
     "PatchTokens",
     "Split",
     "UserError",
+    "check_classes",
     "encoder_folder",
     "extract_split",
 ]
+
+IGNORE = 255
 
 
 class EvaluationError(UserError):
@@ -111,9 +115,20 @@ class Split:
         for tar, ordinal in self._places():
             where, data = self._member(tar, ordinal, "seg.png", "unic-eval segmentation")
             mask = decode_mask(data, where)
+            if mask.max() > IGNORE:
+                raise EvaluationError(
+                    f"{where}: category {mask.max()} found; masks hold categories up to "
+                    f"{IGNORE - 1}, and {IGNORE} where a pixel is ignored"
+                )
             unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
             parameters = {name: unit.column(name)[ordinal] for name in recipe.columns}
-            masks.append(recipe.apply_mask(mask, parameters).to(torch.uint8))
+            try:
+                masks.append(recipe.apply_mask(mask, parameters).to(torch.uint8))
+            except ImageError:
+                raise EvaluationError(
+                    f"{where}: a mask of {mask.shape[0]} x {mask.shape[1]} pixels is not the shape "
+                    "of its image; masks must have the height and width of their images"
+                ) from None
         return torch.stack(masks)
 
     def _places(self) -> list[tuple[str, int]]:
@@ -176,22 +191,42 @@ def extract_split(
     )
     names = [encoder_folder(encoder) for encoder in encoders]
     opened = Cache(root)
-    tars = _tars_of(opened, data)
+    # Those of this call: the cache keeps tars that an earlier call of the same name had.
+    tars = [path.name.removesuffix(".tar") for path in find_tars(tuple(data), opened, seed=0)]
     return Split(select(opened, names, recipe, tars=tars))
 
 
-def _tars_of(cache: Cache, data: Sequence[str]) -> list[str]:
-    """Stems of all tars that the split's cache has: it holds this split and nothing else."""
-    stems = sorted(path.stem for path in (cache.root / "tars").glob("*.json"))
-    if not stems:
-        raise CacheError(f"{cache.root} holds no tars of {', '.join(data)}")
-    return stems
+def check_classes(train: Sequence[str], test: Sequence[str]) -> None:
+    """Require the same class folders of two ImageFolders, because folders number their classes.
+
+    Raises `EvaluationError` that shows what differs; tars are let pass, they hold the numbers.
+    """
+    train_classes, test_classes = _class_folders(train), _class_folders(test)
+    if None in (train_classes, test_classes) or train_classes == test_classes:
+        return
+    raise EvaluationError(
+        f"--train and --test have different class folders, so that their classes would be numbered "
+        f"differently: train {', '.join(train[:1])} has {_listed(train_classes)}; test "
+        f"{', '.join(test[:1])} has {_listed(test_classes)}; give both the same class folders"
+    )
+
+
+def _class_folders(data: Sequence[str]) -> list[str] | None:
+    if len(data) != 1 or not is_image_folder(Path(data[0])):
+        return None
+    return list_pictures(Path(data[0]))[0]
+
+
+def _listed(names: list[str] | None) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:10]) + (f", … ({len(names)})" if len(names) > 10 else "")
 
 
 def count_categories(masks_NSS: Tensor) -> int:
     """Categories in masks: the largest index that is not 255, plus one; raises for empty masks."""
     indices = np.unique(masks_NSS.numpy())
-    indices = indices[indices != 255]
+    indices = indices[indices != IGNORE]
     if not len(indices):
         raise ImageError("the masks hold nothing but 255 (ignored)")
     return int(indices.max()) + 1

@@ -6,10 +6,11 @@ results.json (merged), one table with the best marked and the gain over the best
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate.config import EvalConfig
-from evaluate.encoder import EvaluationError, Split, encoder_folder, extract_split
+from evaluate.encoder import EvaluationError, Split, check_classes, encoder_folder, extract_split
 from evaluate.table import Provenance, Role, Score, write_results
 from evaluate.tasks import Request, run_task
 
@@ -20,6 +21,8 @@ def evaluate(config: EvalConfig) -> list[Score]:
     Raises `UserError` for data or encoders that cannot be evaluated; scores of encoders that were
     finished before are written all the same.
     """
+    _check_names(config.encoders)
+    check_classes(config.train, config.test)
     train, test = (split(config, name) for name in ("train", "test"))
     scores: list[Score] = []
     began = time.monotonic()
@@ -39,6 +42,20 @@ def evaluate(config: EvalConfig) -> list[Score]:
         if scores:
             _keep(config, scores, train, time.monotonic() - began)
     return scores
+
+
+def _check_names(encoders: Sequence[str]) -> None:
+    taken: dict[str, str] = {}
+    for encoder in encoders:
+        name = encoder_folder(encoder)
+        if name in taken:
+            both = f"{taken[name]} and {encoder} are both called {name!r}"
+            raise EvaluationError(
+                f"{encoder} is given twice: name each encoder once"
+                if taken[name] == encoder
+                else f"{both}: give one a name of its own with --encoder NEWNAME={encoder}"
+            )
+        taken[name] = encoder
 
 
 def split(config: EvalConfig, name: str) -> Split:
