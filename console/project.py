@@ -61,6 +61,10 @@ class Project:
     teachers: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
 
+    def encoder(self, name: str) -> str:
+        """What `name` means here: `NAME=FOLDER` for a teacher named in `unic.toml`, else itself."""
+        return f"{name}={self.teachers[name]}" if name in self.teachers else name
+
     @property
     def size(self) -> int | None:
         """Side of the views in pixels, from the recipe's label."""

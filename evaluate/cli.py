@@ -176,8 +176,8 @@ def choose_data(
 def choose_encoders(project: Project, given: list[str] | None) -> list[str]:
     """The encoders given, or all of the project: its teachers, then the students of its runs."""
     if given:
-        return [f"{n}={project.teachers[n]}" if n in project.teachers else n for n in given]
-    teachers = [f"{name}={folder}" for name, folder in project.teachers.items()]
+        return [project.encoder(name) for name in given]
+    teachers = [project.encoder(name) for name in project.teachers]
     students = sorted(map(str, (project.runs or Path("runs")).glob("*/student")))
     if not teachers and not students:
         raise ProjectError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from console.command import run_command
-from console.project import Project, ProjectError, read_project
+from console.project import ProjectError, read_project
 from extract.config import ExtractConfig
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def unic_extract(
     config = ExtractConfig(
         data=tuple(data or project.data or _lacking("--data 'images/train-*.tar'")),
         cache=cache or project.cache or Path(_lacking("--cache feats")),
-        teachers=tuple(name_encoder(name, project) for name in teacher),
+        teachers=tuple(project.encoder(name) for name in teacher),
         recipe=recipe or project.recipe or DEFAULTS.recipe,
         views=_first(views, project.views, DEFAULTS.views),
         seed=_first(seed, project.seed, DEFAULTS.seed),
@@ -106,11 +106,6 @@ def unic_extract(
 
     for line in extract(config):
         typer.echo(summary(line))
-
-
-def name_encoder(name: str, project: Project) -> str:
-    """The encoder that `name` means here: `NAME=FOLDER` for a teacher named in `unic.toml`."""
-    return f"{name}={project.teachers[name]}" if name in project.teachers else name
 
 
 def summary(done: "Extracted") -> str:
