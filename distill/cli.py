@@ -28,18 +28,18 @@ def unic_distill(
         str | None,
         typer.Option(
             help="timm architecture, optionally with arguments ('vit_tiny_patch16_224 depth=6'), "
-            f"or a timm folder to copy the architecture of.  [default: {DEFAULTS.student}]",
+            f"or a timm folder to copy the architecture of.  (default: {DEFAULTS.student})",
             rich_help_panel=INPUT,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run.  [default: runs/RECIPE]", rich_help_panel=INPUT),
+        typer.Option(help="Folder of the run.  (default: runs/RECIPE)", rich_help_panel=INPUT),
     ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
-            help="Teacher in the cache, repeatable.  [default: all]", rich_help_panel=INPUT
+            help="Teacher in the cache, repeatable.  (default: all)", rich_help_panel=INPUT
         ),
     ] = None,
     data: Annotated[
@@ -62,33 +62,33 @@ def unic_distill(
     epochs: Annotated[
         int | None,
         typer.Option(
-            help=f"Passes over the images.  [default: {DEFAULTS.epochs}]", rich_help_panel=METHOD
+            help=f"Passes over the images.  (default: {DEFAULTS.epochs})", rich_help_panel=METHOD
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Images a step.  [default: {DEFAULTS.batch_size}]", rich_help_panel=METHOD
+            help=f"Images a step.  (default: {DEFAULTS.batch_size})", rich_help_panel=METHOD
         ),
     ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
-            help=f"Peak learning rate for 256 images a step.  [default: {DEFAULTS.lr}]",
+            help=f"Peak learning rate for 256 images a step.  (default: {DEFAULTS.lr})",
             rich_help_panel=METHOD,
         ),
     ] = None,
     drop: Annotated[
         float | None,
         typer.Option(
-            help="Probability p of teacher dropping (Eq. 4).  [default: the recipe's]",
+            help="Probability p of teacher dropping (Eq. 4).  (default: the recipe's)",
             rich_help_panel=METHOD,
         ),
     ] = None,
     drop_path: Annotated[
         float | None,
         typer.Option(
-            help=f"Drop path rate of the last block.  [default: {DEFAULTS.drop_path}]",
+            help=f"Drop path rate of the last block.  (default: {DEFAULTS.drop_path})",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -96,13 +96,13 @@ def unic_distill(
         int | None,
         typer.Option(
             help="Epochs of linear warm-up, at most half of the run.  "
-            f"[default: {DEFAULTS.warmup_epochs}]",
+            f"(default: {DEFAULTS.warmup_epochs})",
             rich_help_panel=METHOD,
         ),
     ] = None,
     views: Annotated[
         int | None,
-        typer.Option(help="Use the first views only.  [default: all]", rich_help_panel=METHOD),
+        typer.Option(help="Use the first views only.  (default: all)", rich_help_panel=METHOD),
     ] = None,
     view_recipe: Annotated[
         str | None,
@@ -119,7 +119,7 @@ def unic_distill(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Seed of order, draws and initialisation.  [default: 0]", rich_help_panel=METHOD
+            help="Seed of order, draws and initialisation.  (default: 0)", rich_help_panel=METHOD
         ),
     ] = None,
     workers: Annotated[

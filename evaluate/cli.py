@@ -22,11 +22,11 @@ Encoders = Annotated[
     typer.Option(
         "--encoder",
         help="Encoder, repeatable: a student's folder, a teacher as for unic-extract, pixels, or "
-        "random:ARCHITECTURE.  [default: all teachers and students of the project]",
+        "random:ARCHITECTURE.  (default: all teachers and students of the project)",
     ),
 ]
 TaskName = Annotated[
-    str | None, typer.Option("--task", help="Data set named in unic.toml.  [default: its only one]")
+    str | None, typer.Option("--task", help="Data set named in unic.toml.  (default: its only one)")
 ]
 Train = Annotated[
     list[str] | None, typer.Option(help="Tars (or an ImageFolder) that the probe is trained on.")
@@ -34,19 +34,19 @@ Train = Annotated[
 Test = Annotated[
     list[str] | None, typer.Option(help="Tars (or an ImageFolder) that it is tested on.")
 ]
-CacheFolder = Annotated[Path | None, typer.Option(help="Feature cache.  [default: feats]")]
+CacheFolder = Annotated[Path | None, typer.Option(help="Feature cache.  (default: feats)")]
 Results = Annotated[
-    Path | None, typer.Option(help="Where the figures go.  [default: results.json]")
+    Path | None, typer.Option(help="Where the figures go.  (default: results.json)")
 ]
 Size = Annotated[
-    int | None, typer.Option(help="Side of the centre view in pixels.  [default: 224]")
+    int | None, typer.Option(help="Side of the centre view in pixels.  (default: 224)")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the probe.")]
 BatchSize = Annotated[int, typer.Option(help="Views a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Threads that decode images.")]
 Steps = Annotated[
     int | None,
-    typer.Option(help="Training steps of the head.  [default: the protocol's 31.7 epochs]", min=1),
+    typer.Option(help="Training steps of the head.  (default: the protocol's 31.7 epochs)", min=1),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 

@@ -49,20 +49,20 @@ def unic_extract(
     views: Annotated[
         int | None,
         typer.Option(
-            help=f"Views of each image.  [default: {DEFAULTS.views}]", rich_help_panel=VIEWS
+            help=f"Views of each image.  (default: {DEFAULTS.views})", rich_help_panel=VIEWS
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="unic@SIZE (the training augmentation) or center@SIZE (for evaluation).  "
-            f"[default: {DEFAULTS.recipe}]",
+            f"(default: {DEFAULTS.recipe})",
             rich_help_panel=VIEWS,
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help=f"Seed of the views.  [default: {DEFAULTS.seed}]", rich_help_panel=VIEWS),
+        typer.Option(help=f"Seed of the views.  (default: {DEFAULTS.seed})", rich_help_panel=VIEWS),
     ] = None,
     store_views: Annotated[
         bool,

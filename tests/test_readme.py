@@ -13,6 +13,7 @@ import timm
 import torch
 import typer
 from conftest import SIZE, STUDENT, write_encoder, write_tar
+from typer.testing import CliRunner
 
 import demo.cli
 import distill.cli
@@ -30,7 +31,8 @@ APPS = {
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [text for name, text in found if name == language]
 
 
 def commands() -> list[list[str]]:
@@ -100,7 +102,7 @@ def test_every_option_has_help(name, command):
     silent = [flag for flag, text in options(command).items() if not (text or "").strip()]
     # What it would be without a given value is no explanation of what it is.
     silent += [
-        flag for flag, text in options(command).items() if (text or "").strip().startswith("[def")
+        flag for flag, text in options(command).items() if (text or "").strip().startswith("(def")
     ]
     assert not silent, f"{name}: no help for {silent}"
 
@@ -273,3 +275,10 @@ def test_the_loop_of_ones_own_trainer(walked, monkeypatch):
     assert set(batch["targets"]) == {"dino", "deit3"}
     patches = batch["targets"]["dino"]["patches"]
     assert patches.dtype == torch.float16 and tuple(patches.shape) == (64, 9, 32)
+
+
+def test_help_shows_the_defaults() -> None:
+    """Square brackets would be taken for markup, and vanish."""
+    shown = CliRunner().invoke(distill.cli.app, ["--help"], env={"COLUMNS": "200"}).stdout
+    for default in ("(default: vit_base_patch16_224)", "(default: 200)", "(default: runs/RECIPE)"):
+        assert default in shown
