@@ -1,1 +1,1 @@
-"""The offline quick start: scenes, tiny teachers, and the three stages in a minute."""
+"""The offline quick start: scenes, tiny teachers, and the three stages."""

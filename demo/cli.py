@@ -1,4 +1,4 @@
-"""`unic-demo`: the whole pipeline on made-up scenes, offline, in about a minute."""
+"""`unic-demo`: the whole pipeline on made-up scenes, offline, in about two minutes."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn

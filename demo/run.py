@@ -33,7 +33,7 @@ PATCH = 8
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of the demo; the defaults take about a minute on two cores."""
+    """Sizes of the demo; the defaults take about two minutes on one core."""
 
     folder: Path
     seed: int = 0
