@@ -88,6 +88,11 @@ def read_project(folder: Path = Path()) -> Project:
     return Project(**{name: _parse(path, name, value) for name, value in content.items()})
 
 
+def given(*choices: Any) -> Any:
+    """The first choice that is not None; 0 counts, so that it is refused rather than replaced."""
+    return next(choice for choice in choices if choice is not None)
+
+
 def _parse(path: Path, name: str, value: Any) -> Any:
     base = path.parent
     if name == "data":

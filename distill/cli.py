@@ -1,12 +1,12 @@
 """`unic-distill`: train one student from the cached features of several teachers."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from console.command import run_command
-from console.project import ProjectError, read_project
+from console.project import ProjectError, given, read_project
 from distill.config import DistillConfig
 from distill.recipes import RECIPES
 
@@ -155,14 +155,14 @@ def unic_distill(
         teachers=tuple(teacher or ()),
         view_recipe=view_recipe or project.recipe,
         views=views,
-        epochs=_given(epochs, project.epochs, DEFAULTS.epochs),
-        batch_size=_given(batch_size, project.batch_size, DEFAULTS.batch_size),
-        lr=_given(lr, project.learning_rate, DEFAULTS.lr),
-        drop_path=_given(drop_path, project.drop_path, DEFAULTS.drop_path),
-        warmup_epochs=_given(warmup_epochs, project.warmup_epochs, DEFAULTS.warmup_epochs),
+        epochs=given(epochs, project.epochs, DEFAULTS.epochs),
+        batch_size=given(batch_size, project.batch_size, DEFAULTS.batch_size),
+        lr=given(lr, project.learning_rate, DEFAULTS.lr),
+        drop_path=given(drop_path, project.drop_path, DEFAULTS.drop_path),
+        warmup_epochs=given(warmup_epochs, project.warmup_epochs, DEFAULTS.warmup_epochs),
         drop=drop,
         train_norm=train_norm,
-        seed=seed if seed is not None else project.seed or DEFAULTS.seed,
+        seed=given(seed, project.seed, DEFAULTS.seed),
         workers=workers,
         device=device,
         log_every=log_every,
@@ -173,11 +173,6 @@ def unic_distill(
     from distill.run import distill
 
     typer.echo(summary(distill(config)))
-
-
-def _given(*choices: Any) -> Any:
-    """The first that was given; 0 counts, so that it is refused rather than replaced."""
-    return next(choice for choice in choices if choice is not None)
 
 
 def summary(done: "Finished") -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from console.command import run_command
-from console.project import ProjectError, read_project
+from console.project import ProjectError, given, read_project
 from extract.config import ExtractConfig
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def unic_extract(
         cache=cache or project.cache or Path(_lacking("--cache feats")),
         teachers=tuple(project.encoder(name) for name in teacher),
         recipe=recipe or project.recipe or DEFAULTS.recipe,
-        views=_first(views, project.views, DEFAULTS.views),
-        seed=_first(seed, project.seed, DEFAULTS.seed),
+        views=given(views, project.views, DEFAULTS.views),
+        seed=given(seed, project.seed, DEFAULTS.seed),
         batch_size=batch_size,
         workers=workers,
         store_views=store_views,
@@ -117,11 +117,6 @@ def summary(done: "Extracted") -> str:
         f"{os.fspath(done.folder)}: {rows:,} rows ({done.images:,} images x {done.views} views), "
         f"{state}; {shapes}"
     )
-
-
-def _first(*values: int | None) -> int:
-    # Not `or`: zero is an answer too, and --views 0 must reach the check that refuses it.
-    return next(value for value in values if value is not None)
 
 
 def _lacking(flag: str) -> NoReturn:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from console.progress import ProgressBar
 from extract.cache.codecs import encode_fp16
-from extract.cache.images import TarIndex, decode, image_extension, key_id, keys_digest
+from extract.cache.images import TarIndex, decode, image_extension, key_id
 from extract.cache.reader import Cache, Unit
 from extract.cache.schema import (
     VIEWS,
@@ -229,7 +229,7 @@ class TarExtraction:
             recipe=self.job.recipe.label,
             view=view,
             rows=self.record.rows,
-            keys_digest=keys_digest([sample.key for sample in self.index.samples]),
+            keys_digest=self.record.keys_digest,
             arrays=writer.array_table(),
             objects=writer.finish(),
             statistics={name: moments.to_json() for name, moments in statistics.items()},
