@@ -73,7 +73,7 @@ def demo(config: DemoConfig) -> list[Score]:
             recipe=f"unic@{SIZE}",
             views=config.views,
             seed=config.seed,
-            store_views=True,
+            store_views="raw",
         )
     )
     distill(

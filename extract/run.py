@@ -1,52 +1,39 @@
 """Stage 1, top to bottom: image tars in, a cache of every encoder's features out.
 
     tars = find (or pack an ImageFolder)  ->  cache.json  ->  encoders loaded, teacher.json
-    for each tar:  decode once -> views -> every encoder -> units, manifests last (extract.units)
-    statistics of every encoder, exact, from the manifests
+    codec.json of each encoder, calibrated on the first rows of the first tar where codecs need it
+    for each tar that nobody else holds (extract.claims), one's own share first:
+        decode once -> views -> every encoder -> units, manifests last      (extract.units)
 
-A second run finds the units that have a manifest and makes only what is missing.
+A second run finds the units that have a manifest and makes only what is missing; so does a second
+process at the same time, on this machine or another.
 """
 
-import glob
-import os
-import platform
-from dataclasses import dataclass
-from importlib.metadata import version
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from console.device import torch_device
 from console.progress import ProgressBar
-from extract.cache.errors import CacheError
-from extract.cache.images import (
-    DECODER,
-    expand,
-    index_tar,
-    is_image_folder,
-    keys_digest,
-    tar_sha256,
-)
+from extract.cache.errors import CacheError, ImageError, UserError
+from extract.cache.images import expand, index_tar, is_image_folder, keys_digest
 from extract.cache.reader import Cache
-from extract.cache.schema import (
-    FORMAT_VERSION,
-    VIEWS,
-    CacheRecord,
-    CodecRecord,
-    EncoderRecord,
-    Layout,
-    TarRecord,
-    check_name,
-)
+from extract.cache.schema import TarRecord, check_name
 from extract.cache.staging import Staging
 from extract.cache.views import parse_recipe
+from extract.claims import Claims
 from extract.config import ExtractConfig
 from extract.encoder import Encoder
+from extract.job import Job, Teacher
 from extract.packing import pack_image_folder
+from extract.records import check_tar, open_or_create, record_codec, record_encoder, tar_record
+from extract.rendering import Rendering
 from extract.teachers import encoder_folder, load_encoder
-from extract.units import Job, TarExtraction
+from extract.units import TarExtraction
 
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")
+WAIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -59,46 +46,55 @@ class Extracted:
     views: int
     computed: int
     arrays: dict[str, list[int]]
+    skipped: int = 0
 
 
-def extract(config: ExtractConfig) -> list[Extracted]:
+def extract(
+    config: ExtractConfig, encoders: Mapping[str, Encoder] | None = None
+) -> list[Extracted]:
     """Run the stage; one summary for each encoder.
 
-    Raises `UserError` (images, encoders, an unsuitable cache); everything published before stays.
+    `encoders` may hold some that are loaded already, by the names of `config.teachers`. Raises
+    `UserError` (images, encoders, an unsuitable cache); everything published before stays.
     """
     recipe = parse_recipe(config.recipe)
-    encoders = _by_folder(config.teachers)
+    names = _by_folder(config.teachers)
     with Staging(config.cache) as staging:
-        cache = _open_or_create(config, staging)
+        cache = open_or_create(config, staging)
         tars = find_tars(config.data, cache, config.seed)
         loaded = {
-            folder: load_encoder(
+            folder: (encoders or {}).get(name)
+            or load_encoder(
                 name,
                 size=recipe.size,
                 weights=config.weights,
                 device=torch_device(config.device),
             )
-            for folder, name in encoders.items()
+            for folder, name in names.items()
         }
         job = Job(
-            cache=cache,
-            recipe=recipe,
-            views=config.views,
-            encoders={
-                name: (
-                    _record_encoder(cache, name, recipe.label, encoder, staging, config.replace),
-                    encoder,
-                )
-                for name, encoder in loaded.items()
-            },
-            batch_size=config.batch_size,
-            workers=config.workers,
-            store_views=config.store_views,
+            cache, recipe, config.views, {}, config.batch_size, config.workers, config.store_views
         )
-        computed, images = _extract_tars(job, tars, staging)
+        teachers = {}
+        for name, encoder in loaded.items():
+            record = record_encoder(cache, name, encoder, staging, config.replace)
+            stored = record_codec(job, name, encoder, config, tars[0], staging)
+            teachers[name] = Teacher(record, stored, encoder)
+        job = replace(job, teachers=teachers)
+        computed = _Extraction(job, config, tars, staging).run()
+        records = [cache.tar(path.name.removesuffix(".tar")) for path in tars]
+    images, skipped = sum(r.rows for r in records), sum(len(r.skipped) for r in records)
     return [
-        Extracted(name, cache.root / name, images, config.views, computed[name], record.arrays)
-        for name, (record, _) in job.encoders.items()
+        Extracted(
+            name,
+            cache.root / name,
+            images,
+            config.views,
+            computed[name],
+            teacher.stored.arrays,
+            skipped,
+        )
+        for name, teacher in job.teachers.items()
     ]
 
 
@@ -125,147 +121,124 @@ def find_tars(data: tuple[str, ...], cache: Cache, seed: int) -> list[Path]:
     return expand(list(data))
 
 
-def _open_or_create(config: ExtractConfig, staging: Staging) -> Cache:
-    layout = Layout(config.cache)
-    if not layout.cache.exists():
-        foreign = [
-            path.name for path in config.cache.iterdir() if not path.name.startswith(".staging-")
+class _Extraction:
+    """The tars of one run: one's own share first, then what others have left."""
+
+    def __init__(self, job: Job, config: ExtractConfig, tars: list[Path], staging: Staging) -> None:
+        self.job, self.config, self.staging = job, config, staging
+        mine, count = config.shard_index, config.num_shards
+        self.queue = tars[mine::count]
+        for distance in range(1, count):
+            self.queue += tars[(mine + distance) % count :: count]
+        self.share = set(tars[mine::count])
+        self.rows = {path: self._rows(path) for path in tars}
+        self.computed = dict.fromkeys(job.teachers, 0)
+        self.failed: dict[Path, UserError] = {}
+
+    def _rows(self, path: Path) -> int:
+        """Rows of a tar as far as can be told now; 0 for one that cannot be read."""
+        stem = path.name.removesuffix(".tar")
+        if self.job.cache.layout.tar(stem).exists():
+            return self.job.cache.tar(stem).rows
+        try:
+            return len(index_tar(path))
+        except ImageError:
+            return 0
+
+    def run(self) -> dict[str, int]:
+        """Rows computed by encoder; raises what went wrong with any tar, after all others."""
+        label = self.job.recipe.label
+        purpose = f"{label} {sorted(self.job.teachers)}"
+        total = sum(self.rows.values()) * self.job.views * len(self.job.teachers)
+        left = sum(self._missing(path) for path in self.rows)
+        with (
+            Claims(self.job.cache.root, purpose) as claims,
+            ProgressBar("extract", total, "views", start=total - left) as progress,
+        ):
+            waiting = self.queue
+            while waiting := [path for path in waiting if not self._done(path, claims, progress)]:
+                progress.advance(0, f"{len(waiting)} tars are with other processes")
+                time.sleep(WAIT_SECONDS)
+        if self.failed:
+            raise self._failure()
+        return self.computed
+
+    def _missing(self, path: Path) -> int:
+        missing = self.job.missing(path.name.removesuffix(".tar"))
+        return self.rows[path] * sum(len(missing[name]) for name in self.job.teachers)
+
+    def _done(self, path: Path, claims: Claims, progress: ProgressBar) -> bool:
+        """Extract a tar unless it is complete, or another process has it (False)."""
+        stem = path.name.removesuffix(".tar")
+        try:
+            known = check_tar(self.job, path)
+            if not any(self.job.missing(stem).values()):
+                return True
+            if not claims.take(stem):
+                return False
+            try:
+                self._extract(path, progress, known)
+            finally:
+                claims.release(stem)
+        except ImageError as error:
+            # One bad tar costs that tar; the others are made, and the run fails at its end.
+            self.failed[path] = error
+            print(f"{path.name} was left out: {error}", file=sys.stderr, flush=True)
+        return True
+
+    def _extract(self, path: Path, progress: ProgressBar, known: bool) -> None:
+        index = index_tar(path)
+        record = tar_record(self.job.cache, index)
+        missing = self.job.missing(record.stem)
+        if not known:
+            record.write(self.job.cache.layout.tar(record.stem), self.staging.folder)
+        try:
+            while not TarExtraction(self.job, index, record, self.staging).run(progress):
+                pass
+        except ImageError:
+            if known or not self.config.skip_bad:
+                raise
+            record = self._without_bad(Rendering(self.job, index, record, [0]), record)
+            while not TarExtraction(self.job, index, record, self.staging).run(progress):
+                pass
+        for name in self.job.teachers:
+            self.computed[name] += record.rows * len(missing[name])
+
+    def _without_bad(self, rendering: Rendering, record: TarRecord) -> TarRecord:
+        """The tar's record without the images that cannot be decoded; raises above the limit."""
+        bad = rendering.bad()
+        kept = [sample.key for sample in rendering.samples if sample.ordinal not in bad]
+        skipped = [
+            [sample.ordinal, sample.key, bad[sample.ordinal]]
+            for sample in rendering.samples
+            if sample.ordinal in bad
         ]
-        if foreign:
+        record = replace(record, rows=len(kept), keys_digest=keys_digest(kept), skipped=[*skipped])
+        self._check_limit(record)
+        record.write(self.job.cache.layout.tar(record.stem), self.staging.folder)
+        for _, key, reason in skipped:
+            print(f"skipped {key}: {reason}", file=sys.stderr, flush=True)
+        return record
+
+    def _check_limit(self, record: TarRecord) -> None:
+        layout, total = self.job.cache.layout, sum(self.rows.values())
+        stems = {path.name.removesuffix(".tar") for path in self.rows} - {record.stem}
+        others = [self.job.cache.tar(stem) for stem in sorted(stems) if layout.tar(stem).exists()]
+        skipped = len(record.skipped) + sum(len(other.skipped) for other in others)
+        if skipped > self.config.max_bad * total or not record.rows:
+            ordinal, key, reason = record.skipped[0]
             raise CacheError(
-                f"{config.cache} is not empty and is no feature cache (it holds "
-                f"{', '.join(sorted(foreign)[:3])}…): choose a new or empty folder with --cache"
+                f"{skipped} of {total} images cannot be decoded, which is more than the share "
+                f"{self.config.max_bad:g} that --skip-bad leaves out; the last tar was "
+                f"{record.stem}, there for example image {ordinal}, {key} ({reason}). Mend the "
+                "images, or raise --max-bad"
             )
-        record = CacheRecord(FORMAT_VERSION, config.seed, DECODER)
-        record.write(layout.cache, staging.folder)
-    cache = Cache(config.cache)
-    if cache.record.seed != config.seed:
-        raise CacheError(
-            f"{config.cache} was made with seed {cache.record.seed}, now --seed {config.seed} was "
-            f"given: views of two seeds do not mix; use --seed {cache.record.seed} or another cache"
+
+    def _failure(self) -> UserError:
+        if len(self.failed) == 1:
+            return next(iter(self.failed.values()))
+        reasons = "\n".join(f"  {path.name}: {error}" for path, error in self.failed.items())
+        return ImageError(
+            f"{len(self.failed)} of {len(self.rows)} tars could not be extracted, all others are "
+            f"in the cache:\n{reasons}"
         )
-    return cache
-
-
-def _record_encoder(
-    cache: Cache, folder: str, label: str, encoder: Encoder, staging: Staging, replace: bool
-) -> EncoderRecord:
-    """Write `teacher.json` and `codec.json`, or raise `CacheError` where they say otherwise."""
-    record = describe(folder, encoder)
-    path = cache.layout.encoder(folder)
-    stored = EncoderRecord.read(path) if path.exists() else None
-    if stored is not None and stored.identity() != record.identity():
-        # A run that failed before its first unit may have left a record that nothing relies on.
-        if not replace and any((cache.root / folder).glob("*/*/*.json")):
-            raise CacheError(_other_encoder(cache.root / folder, stored, record))
-        # Out of sight in one step, then deleted with the staging folder.
-        os.rename(cache.root / folder, staging.folder / f"replaced-{folder}")
-        stored = None
-    if stored is None:
-        record.write(path, staging.folder)
-    codec = cache.layout.codec(folder, label)
-    if not codec.exists():
-        CodecRecord("fp16").write(codec, staging.folder)
-    elif cache.codec(folder, label).patches is not None:
-        raise CacheError(f"{codec.parent} holds a subset of patches; this version adds none")
-    return stored or record
-
-
-def _other_encoder(folder: Path, stored: EncoderRecord, found: EncoderRecord) -> str:
-    changes = "; ".join(
-        f"{name}: {stored.identity()[name]!r} in the cache, {value!r} now"
-        for name, value in found.identity().items()
-        if stored.identity()[name] != value
-    )
-    return (
-        f"{folder} was made by another encoder ({changes}): use the same weights, or give this "
-        f"one a name of its own with --teacher NEWNAME=…"
-    )
-
-
-def describe(folder: str, encoder: Encoder) -> EncoderRecord:
-    """The encoder's record, with the shapes of its arrays from one blank view."""
-    spec = encoder.spec
-    with torch.inference_mode():
-        blank = encoder(torch.zeros((1, 3, spec.size, spec.size), dtype=torch.uint8))
-    return EncoderRecord(
-        name=folder,
-        source=spec.source,
-        architecture=spec.architecture,
-        weights_sha256=spec.sha256,
-        global_token=spec.global_token,
-        tap=spec.tap,
-        size=spec.size,
-        grid=list(spec.grid),
-        patch_size=spec.patch_size,
-        arrays={name: list(tokens.shape[1:]) for name, tokens in blank.items()},
-        mean=list(spec.mean),
-        std=list(spec.std),
-        interpolation=spec.interpolation,
-        position_embedding=spec.position_embedding,
-        precision=spec.precision,
-        licence=spec.licence,
-        parameters=spec.parameters,
-        environment={
-            "python": platform.python_version(),
-            **{library: version(library) for library in LIBRARIES},
-        },
-    )
-
-
-def _extract_tars(job: Job, tars: list[Path], staging: Staging) -> tuple[dict[str, int], int]:
-    """Rows computed by encoder, and the number of images in all tars."""
-    computed = dict.fromkeys(job.encoders, 0)
-    records = [_tar_record(job, path, staging) for path in tars]
-    images = sum(record.rows for record in records)
-    total = images * job.views * len(job.encoders)
-    missing = {record.stem: job.missing(record.stem) for record in records}
-    left = sum(
-        record.rows * sum(len(missing[record.stem][name]) for name in job.encoders)
-        for record in records
-    )
-    with ProgressBar("extract", total, "views", start=total - left) as progress:
-        for record, path in zip(records, tars, strict=True):
-            if not any(missing[record.stem].values()):
-                continue
-            TarExtraction(job, index_tar(path), record, staging).run(progress)
-            for name in job.encoders:
-                computed[name] += record.rows * len(missing[record.stem][name])
-    return computed, images
-
-
-def _tar_record(job: Job, path: Path, staging: Staging) -> TarRecord:
-    """Write, or compare with, the tar's record; raises `CacheError` when it is another tar."""
-    cache, stem = job.cache, path.name.removesuffix(".tar")
-    target = cache.layout.tar(stem)
-    # Without a unit nothing relies on the record: a tar that stopped a run may have been mended.
-    if target.exists() and _has_units(cache, stem):
-        stored = cache.tar(stem)
-        complete = not any(job.missing(stem).values())
-        same = path.stat().st_size == stored.bytes
-        if not same or (not complete and tar_sha256(path) != stored.sha256):
-            raise CacheError(
-                f"{path} is not the tar that {target} describes ({stored.bytes} bytes, sha256 "
-                f"{stored.sha256[:12]}…): tars of one cache need different names, and a changed "
-                "tar needs a new cache"
-            )
-        return stored
-    index = index_tar(path)
-    record = TarRecord(
-        stem=stem,
-        locations=[os.path.relpath(path, cache.root)],
-        bytes=path.stat().st_size,
-        sha256=tar_sha256(path),
-        rows=len(index.samples),
-        keys_digest=keys_digest([sample.key for sample in index.samples]),
-    )
-    record.write(target, staging.folder)
-    return record
-
-
-def _has_units(cache: Cache, stem: str) -> bool:
-    return any(
-        path
-        for owner in (VIEWS, *cache.encoders())
-        for path in (cache.root / owner).glob(f"*/*/{glob.escape(stem)}.json")
-    )

@@ -1,14 +1,17 @@
 """Small real things that many tests share: labelled tars and tiny ViTs in timm's folder format."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 import webdataset as wds
+import zarr
 from PIL import Image
 
 # Tiny tensors gain nothing from threads, and lose much where tests run side by side.
@@ -127,6 +130,12 @@ def make_cache(
     )
     extract(config)
     return root
+
+
+def open_unit(cache: Path, owner: str, view: int, stem: str, label: str = f"unic@{SIZE}") -> Any:
+    """The Zarr group of a unit, by its manifest, opened by zarr-python."""
+    manifest = cache / owner / label / str(view) / f"{stem}.json"
+    return zarr.open_group(manifest.parent / json.loads(manifest.read_text())["group"], mode="r")
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 B = batch, S = view size, D = channels of an encoder, P = its patch tokens. The path of one sample:
   1. `index`           number of the sample: row * views + view, rows counted over the chosen tars;
   2. `_groups`         samples of a batch that lie in the same unit (tar, view) are read together;
-  3. `_targets`        rows of `cls [B, D]`, `patches [B, P, D]`, float16 as stored, crc32c checked;
-  4. `_views`          the very pixels that the encoders saw, uint8 [B, 3, S, S]: stored ones where
+  3. `_stored`         rows of the arrays as they are stored, crc32c checked;
+  4. `decoded`         `cls [B, D]`, `patches [B, P, D]` float16, whatever the codec: here, or on
+                       the device of the trainer, which then moves half the bytes or fewer;
+  5. `_views`          the very pixels that the encoders saw, uint8 [B, 3, S, S]: stored ones where
                        the cache has them, else decoded from the tar and cut by the stored
                        parameters of the view.
 
@@ -17,7 +19,7 @@ B = batch, S = view size, D = channels of an encoder, P = its patch tokens. The 
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -25,9 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from extract.cache.codecs import Codec
 from extract.cache.errors import CacheError
+from extract.cache.images import decode
 from extract.cache.reader import Selection, Unit
-from extract.cache.schema import VIEWS, patch_index_name
+from extract.cache.schema import VIEWS
 from extract.cache.tars import TarSource
 from extract.cache.views import Recipe, check_fingerprint, fingerprint, parse_recipe
 
@@ -47,8 +51,8 @@ class Batch(TypedDict):
     """One batch: pixels, targets by encoder and array, kept patches by encoder, sample numbers.
 
     `views` uint8 [B, 3, S, S]; `targets[encoder]["cls"]` float16 [B, D] and `["patches"]` float16
-    [B, P, D]; `positions[encoder]` int64 [B, P] only for encoders stored as a patch subset;
-    `index` int64 [B].
+    [B, P, D], where the cache has them; `positions[encoder]` int64 [B, P] only for encoders stored
+    as a patch subset; `index` int64 [B].
     """
 
     views: Tensor
@@ -60,8 +64,9 @@ class Batch(TypedDict):
 class CachedViews(Dataset[Batch]):
     """Samples of a checked `Selection`: every view of every row of the chosen tars.
 
-    `arrays` names what is read of each encoder; `pixels=False` leaves the views out (for probes
-    that need features only); `data` maps tar stems to paths where the tars have moved. Raises
+    `arrays` names what is read of each encoder, as far as it is stored; `pixels=False` leaves the
+    views out (for probes that need features only); `decode=False` leaves targets as stored, for
+    `decoded` to undo elsewhere; `data` maps tar stems to paths where the tars have moved. Raises
     `CacheError` when an image tar is needed and cannot be found.
     """
 
@@ -71,20 +76,25 @@ class CachedViews(Dataset[Batch]):
         *,
         arrays: Sequence[str] = ("cls", "patches"),
         pixels: bool = True,
+        decode: bool = True,
         data: Mapping[str, Path] | None = None,
     ) -> None:
         self.selection = selection
-        self.arrays = tuple(arrays)
-        self.pixels = pixels
+        self.pixels, self.decode = pixels, decode
         self.recipe: Recipe = parse_recipe(selection.recipe)
         self.rows = int(selection.rows_per_tar.sum())
         self.num_views = len(selection.views)
         self._first_row = np.concatenate([[0], np.cumsum(selection.rows_per_tar)])
-        self._subsets = [
-            name
-            for name in selection.encoders
-            if selection.cache.codec(name, selection.recipe).patches is not None
-        ]
+        self.codecs: dict[str, Codec] = {}
+        self.arrays: dict[str, tuple[str, ...]] = {}
+        self._subsets: dict[str, str] = {}
+        for name in selection.encoders:
+            record = selection.cache.codec(name, selection.recipe)
+            self.codecs[name] = Codec(record.codec, record.calibration)
+            self.arrays[name] = tuple(array for array in arrays if array in record.arrays)
+            subset = selection.cache.subset(name, selection.recipe)
+            if subset is not None and "patches" in self.arrays[name]:
+                self._subsets[name] = subset
         self.tars = TarSource(selection.cache, selection.tars, data or {})
         self._units: dict[tuple[str, int, str], Unit] = {}
 
@@ -101,14 +111,30 @@ class CachedViews(Dataset[Batch]):
         if not len(index_B):
             raise ValueError("a batch needs at least one sample")
         groups = list(self._groups(index_B))
-        return Batch(
+        batch = Batch(
             views=self._views(index_B, groups) if self.pixels else torch.empty(0),
-            targets={
-                name: {a: self._gather(name, a, groups, len(index_B)) for a in self.arrays}
-                for name in self.selection.encoders
+            targets={name: self._stored(name, groups, len(index_B)) for name in self.arrays},
+            positions={
+                name: self._gather(owner, "patch_index", groups, len(index_B)).long()
+                for name, owner in self._subsets.items()
             },
-            positions={name: self._positions(name, groups, len(index_B)) for name in self._subsets},
             index=torch.from_numpy(index_B),
+        )
+        return self.decoded(batch) if self.decode else batch
+
+    def decoded(self, batch: Batch) -> Batch:
+        """The batch with targets as float16 tokens instead of what is stored, on its device."""
+        targets = {
+            name: {array: codec.decode(batch["targets"][name], array) for array in arrays}
+            for name, codec, arrays in (
+                (name, self.codecs[name], arrays) for name, arrays in self.arrays.items()
+            )
+        }
+        return Batch(
+            views=batch["views"],
+            targets=targets,
+            positions=batch["positions"],
+            index=batch["index"],
         )
 
     @staticmethod
@@ -145,21 +171,18 @@ class CachedViews(Dataset[Batch]):
             self._units[key] = unit
         return unit
 
-    def _positions(self, encoder: str, groups: list[Group], size: int) -> Tensor:
-        rows, columns = self.selection.cache.encoder(encoder).grid
-        name = patch_index_name((rows, columns))
-        return self._gather(VIEWS, name, groups, size).long()
+    def _stored(self, encoder: str, groups: list[Group], size: int) -> dict[str, Tensor]:
+        """Every stored array that the wanted ones are decoded from, `[B, ...]` each."""
+        codec = self.codecs[encoder]
+        needed = [stored for array in self.arrays[encoder] for stored in codec.needs(array)]
+        return {stored: self._gather(encoder, stored, groups, size) for stored in needed}
 
     def _gather(self, owner: str, name: str, groups: list[Group], size: int) -> Tensor:
-        out: NDArray[Any] | None = None
+        first = self._unit(owner, groups[0]).array(name)
+        out = np.empty((size, *first.row_shape), dtype=first.dtype)
         for group in groups:
-            array = self._unit(owner, group).array(name)
-            if out is None:
-                out = np.empty((size, *array.row_shape), dtype=array.dtype)
-            out[group.places] = array.read(group.rows)
-        if out is None:
-            raise ValueError("a batch needs at least one sample")
-        return torch.from_numpy(out.astype(np.int64) if out.dtype == np.uint16 else out)
+            self._unit(owner, group).array(name).read_into(group.rows, out, group.places)
+        return torch.from_numpy(out.astype(np.int32) if out.dtype == np.uint16 else out)
 
     def _views(self, index_B: NDArray[np.int64], groups: list[Group]) -> Tensor:
         size = self.recipe.size
@@ -167,15 +190,19 @@ class CachedViews(Dataset[Batch]):
         for group in groups:
             unit = self._unit(VIEWS, group)
             if "pixels" in unit.record.arrays:
-                block = torch.from_numpy(unit.array("pixels").read(group.rows))
-            else:
-                block = torch.stack([self._render(unit, group.tar, int(r)) for r in group.rows])
-            out[torch.from_numpy(group.places)] = block
+                unit.array("pixels").read_into(group.rows, out.numpy(), group.places)
+                continue
+            for place, row in zip(group.places.tolist(), group.rows.tolist(), strict=True):
+                out[place] = (
+                    decode(unit.jpeg(row), f"{unit.folder}: view {row}")
+                    if unit.has_jpegs
+                    else self._render(unit, group, row)
+                )
         return out
 
-    def _render(self, unit: Unit, tar: str, row: int) -> Tensor:
+    def _render(self, unit: Unit, group: Group, row: int) -> Tensor:
         """The view of one row, made again from its image and its stored parameters."""
-        image = self.tars.image(tar, int(unit.column("image_index")[row]), unit.keys[row])
+        image = self.tars.image(group.tar, int(unit.column("image_index")[row]), unit.keys[row])
         return self.recipe.apply(image, {n: unit.column(n)[row] for n in self.recipe.columns})
 
     def check_pixels(self, count: int = 64, seed: int = 0) -> None:

@@ -1,12 +1,14 @@
-"""Reading rows straight from the files of an uncompressed Zarr v3 array, every byte checked.
+"""Reading rows of a stored array directly: `preadv` into the result, every chunk checked.
 
-zarr-python reads the same bytes (a test holds the two together) at about a third of the speed of
-the disk; a training loop that reads random rows needs the rest. The path of a row:
-  1. `ShardedArray.read`  groups the wanted rows by shard and inner chunk;
-  2. `_index`             a shard's index (offset, length of each inner chunk; crc32c) is read once;
-  3. `_chunk`             one `pread` a chunk, its crc32c compared, viewed as `[chunk_rows, ...]`;
-  4. rows are copied to their places in the result `[n, *row_shape]`.
-Anything missing, torn or changed is a `CacheError` that names the file, never fill values.
+Plain zarr-python reads these arrays too (a test holds the two together) at about a third of the
+speed of the disk; a training loop that reads random rows needs the rest. The path of a row:
+  1. `DirectArray.read_into`  groups the wanted rows by shard and inner chunk;
+  2. `_index`                 a shard's index (offset and length of each inner chunk), read once;
+  3. `_read_chunk`            one `preadv` a chunk: straight into the result where the chunk's rows
+                              are wanted as they lie, else by way of a buffer; crc32c compared; zstd
+                              undone where the array has it.
+Anything missing, torn or changed is a `CacheError` that names the file, never fill values. Reading
+and checking release the interpreter's lock, so that threads read side by side.
 """
 
 import json
@@ -15,24 +17,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
+from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from extract.cache.errors import CacheError
 
 CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)
-
-
-def crc32c_ok(data: bytes | memoryview) -> bool:
-    """True when the last four bytes are the little-endian crc32c of the rest."""
-    body = bytes(data[:-CRC_BYTES]) if isinstance(data, memoryview) else data[:-CRC_BYTES]
-    return google_crc32c.value(body) == int.from_bytes(data[-CRC_BYTES:], "little")
+CHAINS = {("bytes", "crc32c"): False, ("bytes", "zstd", "crc32c"): True}
+Buffer = NDArray[np.uint8]
 
 
 class DirectArray:
-    """One Zarr array `[N, *row_shape]` cut along its first axis only, read by `pread`.
+    """One Zarr array `[N, *row_shape]` cut along its first axis only.
 
     Holds no open files; it can be pickled and used from threads and forked workers.
     Raises `CacheError` when the array is not of the kind that the cache's writer makes.
@@ -50,12 +49,15 @@ class DirectArray:
         inner = codecs[0]["configuration"] if self.sharded else {}
         self.file_rows = int(outer[0])
         self.chunk_rows = int(inner["chunk_shape"][0]) if self.sharded else self.file_rows
-        names = [codec["name"] for codec in (inner["codecs"] if self.sharded else codecs)]
-        if names != ["bytes", "crc32c"] or tuple(outer[1:]) != self.row_shape:
+        names = tuple(codec["name"] for codec in (inner["codecs"] if self.sharded else codecs))
+        if names not in CHAINS or tuple(outer[1:]) != self.row_shape:
             raise CacheError(
-                f"{path} is stored as {names} in chunks {outer}; expected whole rows as "
-                "['bytes', 'crc32c']: it was not written by this version's unic-extract"
+                f"{path} is stored as {list(names)} in chunks {outer}; expected whole rows as one "
+                f"of {[list(chain) for chain in CHAINS]}: it was not written by this version's "
+                "unic-extract"
             )
+        self.compressed = CHAINS[names]
+        self._row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
         self._indices: dict[int, NDArray[np.uint64]] = {}
 
     def __len__(self) -> int:
@@ -71,63 +73,116 @@ class DirectArray:
         self.read_into(rows, out)
         return out
 
-    def read_into(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """As `read`, into `out [n, *row_shape]`; raises `CacheError` for rows out of range."""
+    def read_range(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop - 1`, for arrays whose elements are too many to be named singly."""
+        first, last = start // self.chunk_rows, -(-stop // self.chunk_rows)
+        buffer = np.empty(((last - first) * self.chunk_rows, *self.row_shape), dtype=self.dtype)
+        for number, chunk in enumerate(range(first, last)):
+            place = slice(number * self.chunk_rows, (number + 1) * self.chunk_rows)
+            self._read_chunk(chunk, buffer[place])
+        return buffer[start - first * self.chunk_rows : stop - first * self.chunk_rows]
+
+    def read_into(
+        self, rows: NDArray[np.int64], out: NDArray[Any], places: NDArray[np.int64] | None = None
+    ) -> None:
+        """As `read`, into `out[places]`, or `out [n, *row_shape]` without places.
+
+        Raises `CacheError` for rows out of range and for damage.
+        """
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise CacheError(f"{self.path} has {len(self)} rows; rows {rows} were asked for")
-        order = np.argsort(rows // self.chunk_rows, kind="stable")
-        chunks, starts = np.unique(rows[order] // self.chunk_rows, return_index=True)
-        for chunk, places in zip(chunks, np.split(order, starts[1:]), strict=True):
-            block = self._chunk(int(chunk))
-            out[places] = block[rows[places] % self.chunk_rows]
+        if places is None:
+            places = np.arange(len(rows))
+        order = np.argsort(rows, kind="stable")
+        chunk_n = rows[order] // self.chunk_rows
+        chunks, starts = np.unique(chunk_n, return_index=True)
+        buffer: NDArray[Any] | None = None
+        for chunk, chosen in zip(chunks.tolist(), np.split(order, starts[1:]), strict=True):
+            target = self._whole(rows[chosen], places[chosen], out)
+            if target is not None:
+                self._read_chunk(chunk, target)
+                continue
+            if buffer is None:
+                buffer = np.empty((self.chunk_rows, *self.row_shape), dtype=self.dtype)
+            self._read_chunk(chunk, buffer)
+            out[places[chosen]] = buffer[rows[chosen] % self.chunk_rows]
 
-    def _chunk(self, chunk: int) -> NDArray[Any]:
-        """Inner chunk number `chunk` of the array, `[chunk_rows, *row_shape]`."""
+    def _whole(
+        self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[Any]
+    ) -> NDArray[Any] | None:
+        """The part of `out` that is one whole chunk in order, if these rows are one."""
+        count = self.chunk_rows
+        if len(rows) != count or not out.flags.c_contiguous or out.dtype != self.dtype:
+            return None
+        if count > 1 and not (np.all(np.diff(rows) == 1) and np.all(np.diff(places) == 1)):
+            return None
+        return out[int(places[0]) : int(places[0]) + count]
+
+    def _read_chunk(self, chunk: int, target: NDArray[Any]) -> None:
+        """Inner chunk number `chunk` of the array into `target [chunk_rows, *row_shape]`."""
         shard, within = divmod(chunk, self.file_rows // self.chunk_rows)
-        size = self.chunk_rows * math.prod(self.row_shape) * self.dtype.itemsize + CRC_BYTES
-        offset, length = self._index(shard)[within] if self.sharded else (0, size)
+        size = self.chunk_rows * self._row_bytes
+        offset, length = self._index(shard)[within].tolist() if self.sharded else (0, None)
         if offset == MISSING:
             raise CacheError(f"{self._name(shard)} lacks chunk {within}: {REMEDY}")
-        data = self._pread(shard, size, int(offset)) if int(length) == size else b""
-        if len(data) != size or not crc32c_ok(data):
+        flat = target.reshape(-1).view(np.uint8)
+        if self.compressed:
+            whole = self._unpack(shard, offset, length, flat)
+        else:
+            whole = length in (None, size + CRC_BYTES) and self._checked(shard, offset, flat)
+        if not whole:
             raise CacheError(f"{self._name(shard)}: chunk {within} is damaged: {REMEDY}")
-        rows = np.frombuffer(
-            data, dtype=self.dtype, count=(size - CRC_BYTES) // self.dtype.itemsize
-        )
-        return rows.reshape(self.chunk_rows, *self.row_shape)
 
-    def _index(self, shard: int) -> NDArray[np.uint64]:
-        """Shard index `[inner chunks, 2]`: offset and length, `MISSING` for absent chunks."""
-        if shard not in self._indices:
-            size = self.file_rows // self.chunk_rows * 16 + CRC_BYTES
-            data = self._pread(shard, size, -size)
-            if len(data) != size or not crc32c_ok(data):
-                raise CacheError(f"{self._name(shard)}: the shard index is damaged: {REMEDY}")
-            index = np.frombuffer(data, dtype="<u8", count=(size - CRC_BYTES) // 8)
-            self._indices[shard] = index.reshape(-1, 2)
-        return self._indices[shard]
+    def _unpack(self, shard: int, offset: int, length: int | None, target: Buffer) -> bool:
+        """Read and decompress into `target`; False for damage."""
+        if length is None:
+            length = os.stat(self._name(shard)).st_size
+        packed = np.empty(max(length - CRC_BYTES, 0), np.uint8)
+        if not self._checked(shard, offset, packed):
+            return False
+        try:
+            Zstd().decode(packed, out=target)
+        except (RuntimeError, ValueError):
+            return False
+        return True
 
-    def _name(self, shard: int) -> Path:
-        return self.path.joinpath("c", str(shard), *["0"] * len(self.row_shape))
+    def _checked(self, shard: int, offset: int, target: Buffer) -> bool:
+        """Fill `target` and compare the crc32c behind it; False when either is not as written.
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        """`size` bytes of a shard's file from `offset`, which counts from the end if negative.
-
-        The file is opened for each read (some microseconds), so that a cache of 20,000 shards
-        needs no more file handles than there are threads.
+        An `offset` from the end is negative. The file is opened for each read (some microseconds),
+        so that a cache of 20,000 shards needs no more file handles than there are threads.
         """
+        stored = bytearray(CRC_BYTES)
         try:
             handle = os.open(self._name(shard), os.O_RDONLY)
         except FileNotFoundError:
             raise CacheError(f"{self._name(shard)} is missing: {REMEDY}") from None
         try:
             start = offset if offset >= 0 else max(os.fstat(handle).st_size + offset, 0)
-            return os.pread(handle, size, start)
+            got = os.preadv(handle, [target.data, stored], start)
+            # The kernel hands over 2 GiB at most, and less when it is interrupted.
+            while 0 < got < len(target):
+                more = os.preadv(handle, [target.data[got:], stored], start + got)
+                got = got + more if more else 0
         finally:
             os.close(handle)
+        whole = got == len(target) + CRC_BYTES
+        return whole and crc32c(target.data) == int.from_bytes(stored, "little")
+
+    def _index(self, shard: int) -> NDArray[np.uint64]:
+        """Shard index `[inner chunks, 2]`: offset and length, `MISSING` for absent chunks."""
+        if shard not in self._indices:
+            data = np.empty(self.file_rows // self.chunk_rows * 16, np.uint8)
+            if not self._checked(shard, -len(data) - CRC_BYTES, data):
+                raise CacheError(f"{self._name(shard)}: the shard index is damaged: {REMEDY}")
+            self._indices[shard] = data.view("<u8").reshape(-1, 2)
+        return self._indices[shard]
+
+    def _name(self, shard: int) -> Path:
+        return self.path.joinpath("c", str(shard), *["0"] * len(self.row_shape))
 
 
-REMEDY = "delete the unit's .zarr folder and its .json, and run unic-extract again"
+REMEDY = "delete the unit's .json (its manifest), and run unic-extract again"
 
 
 def _metadata(path: Path) -> dict[str, Any]:

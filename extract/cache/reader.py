@@ -6,16 +6,17 @@ Nothing here reads features; `extract.cache.dataset` does, from a `Selection` th
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from extract.cache.direct import REMEDY, DirectArray
 from extract.cache.errors import CacheError
 from extract.cache.schema import (
+    CODECS,
     FORMAT_VERSION,
     VIEWS,
     CacheRecord,
@@ -24,10 +25,9 @@ from extract.cache.schema import (
     Layout,
     TarRecord,
     UnitRecord,
+    subset_owner,
 )
 from extract.cache.statistics import Moments, merged
-
-READABLE_CODECS = ("fp16",)
 
 
 class Unit:
@@ -37,21 +37,21 @@ class Unit:
     says, or when a `zarr.json` changed (a flipped bit there would change data silently).
     """
 
-    def __init__(self, folder: Path, manifest: Path) -> None:
-        self.folder = folder
+    def __init__(self, manifest: Path) -> None:
         self.record = UnitRecord.read(manifest)
-        for name, (size, crc32c) in self.record.objects.items():
-            self._check(folder / name, size, crc32c)
+        self.folder = manifest.parent / self.record.group
+        for name, (size, checksum) in self.record.objects.items():
+            self._check(self.folder / name, size, checksum)
         self._arrays: dict[str, DirectArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
 
     @staticmethod
-    def _check(path: Path, size: int, crc32c: int) -> None:
+    def _check(path: Path, size: int, checksum: str) -> None:
         found = path.stat().st_size if path.exists() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CacheError(f"{path} {state}, its manifest says {size} bytes: {REMEDY}")
-        if path.name == "zarr.json" and google_crc32c.value(path.read_bytes()) != crc32c:
+        if path.name == "zarr.json" and sha256(path.read_bytes()).hexdigest() != checksum:
             raise CacheError(f"{path} was changed since its manifest was written: {REMEDY}")
 
     def array(self, name: str) -> DirectArray:
@@ -69,6 +69,16 @@ class Unit:
         if name not in self._columns:
             self._columns[name] = self.array(name).read_all()
         return self._columns[name]
+
+    @property
+    def has_jpegs(self) -> bool:
+        """Whether the views are stored as JPEG."""
+        return "jpeg" in self.record.arrays
+
+    def jpeg(self, row: int) -> bytes:
+        """The stored JPEG of one view."""
+        bounds = self.column("jpeg_offset")
+        return self.array("jpeg").read_range(int(bounds[row]), int(bounds[row + 1])).tobytes()
 
     @property
     def keys(self) -> NDArray[np.uint64]:
@@ -118,13 +128,26 @@ class Cache:
 
     def codec(self, encoder: str, recipe: str) -> CodecRecord:
         """How that encoder's features are stored; raises `CacheError` for codecs unknown here."""
-        record = CodecRecord.read(self.layout.codec(encoder, recipe))
-        if record.codec not in READABLE_CODECS:
+        path = self.layout.codec(encoder, recipe)
+        if not path.exists():
+            raise CacheError(
+                f"the cache {self.root} has no features of {encoder!r} under {recipe}; it has "
+                f"{', '.join(self.recipes(encoder)) or 'none at all'}: extract them, or choose "
+                "another --recipe"
+            )
+        record = CodecRecord.read(path)
+        if record.codec not in CODECS:
             raise CacheError(
                 f"{encoder}/{recipe} is stored with codec {record.codec!r}; this version reads "
-                f"{', '.join(READABLE_CODECS)}"
+                f"{', '.join(CODECS)}"
             )
         return record
+
+    def subset(self, encoder: str, recipe: str) -> str | None:
+        """The folder with the kept patches of that encoder's features, None if all are kept."""
+        rows, columns = self.encoder(encoder).grid
+        kept = self.codec(encoder, recipe).patches
+        return subset_owner((rows, columns)) if kept is not None else None
 
     def recipes(self, owner: str = VIEWS) -> list[str]:
         """Recipe labels (`unic@224`) under which `owner` has complete units."""
@@ -138,10 +161,7 @@ class Cache:
 
     def unit(self, owner: str, recipe: str, view: int, tar: str) -> Unit:
         """Open a unit; raises `CacheError` when it has no manifest or is damaged."""
-        return Unit(
-            self.layout.unit(owner, recipe, view, tar),
-            self.layout.manifest(owner, recipe, view, tar),
-        )
+        return Unit(self.layout.manifest(owner, recipe, view, tar))
 
     def tar(self, stem: str) -> TarRecord:
         """The record of one image tar."""
@@ -203,12 +223,17 @@ def select(
     chosen_views = tuple(sorted({view for view, _ in stored}))
     if views is not None:
         chosen_views = _first_views(cache, label, chosen_views, views)
-    for owner in (VIEWS, *names):
+    for owner in (VIEWS, *names, *_subsets(cache, names, label)):
         _check_whole(cache, owner, label, chosen_views, chosen_tars)
     selection = Selection(cache, label, names, chosen_views, chosen_tars)
     for name in names:
         _check_agreement(selection, name)
     return selection
+
+
+def _subsets(cache: Cache, names: tuple[str, ...], label: str) -> list[str]:
+    """Folders of the kept patches that these encoders' features need."""
+    return sorted({owner for name in names if (owner := cache.subset(name, label)) is not None})
 
 
 def _shared_recipe(cache: Cache, names: tuple[str, ...]) -> str:
@@ -247,16 +272,19 @@ def _check_whole(
 def _check_agreement(selection: Selection, name: str) -> None:
     """Features must come from the stored views and the recorded encoder, row for row."""
     cache, label = selection.cache, selection.recipe
-    encoder_seal, codec = cache.encoder(name).seal(), cache.codec(name, label).codec
+    encoder, codec = cache.encoder(name), cache.codec(name, label)
+    subset = cache.subset(name, label)
     for tar in selection.tars:
         tar_record = cache.tar(tar)
         for view in selection.views:
             views = UnitRecord.read(cache.layout.manifest(VIEWS, label, view, tar))
             features = UnitRecord.read(cache.layout.manifest(name, label, view, tar))
+            kept = subset and UnitRecord.read(cache.layout.manifest(subset, label, view, tar))
             expected = {
                 "views": (features.views, views.seal()),
-                "encoder": (features.encoder, encoder_seal),
-                "codec": (features.codec, codec),
+                "encoder": (features.encoder, encoder.seal()),
+                "codec": (features.codec, codec.seal()),
+                "kept patches": (features.subset, kept and kept.seal()),
                 "tar sha256": (features.tar_sha256, tar_record.sha256),
                 "rows": (features.rows, views.rows),
                 "keys": (features.keys_digest, tar_record.keys_digest),

@@ -3,10 +3,11 @@
 `cache_layout.md` tells the same in words; a test holds the two together. Nothing here opens an
 array or knows a model: paths, frozen records of the JSON files, and array specifications.
 
-N = rows of one tar, D = channels, P = patch tokens, S = view size in pixels, K = chosen patches.
+N = rows of one tar, D = channels, P = patch tokens, S = view size in pixels, K = kept patches.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,15 +23,26 @@ CHUNK_ROWS = 32
 SHARD_BYTES = 64 * 1024**2
 VIEWS = "views"
 RESERVED = {VIEWS, "tars", "images", "eval"}
+FP16 = "fp16"
+CODECS = (FP16, "int8", "int8-zstd", "int4")
+CALIBRATION_ROWS = 256
+JPEG_CHUNK = 64 * 1024
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One stored array: `[N, *row_shape]`, its dtype, and the value that means "never written"."""
+    """One stored array: `[N, *row_shape]`, its dtype, and the value that means "never written".
+
+    `compression` is `zstd` or empty. Arrays that are not indexed by rows say how long they are
+    (`extent`) and how they are cut (`chunk`).
+    """
 
     dtype: str
     row_shape: tuple[int, ...] = ()
     sharded: bool = False
+    compression: str = ""
+    extent: int | None = None
+    chunk: int | None = None
 
     @property
     def fill_value(self) -> float | int:
@@ -50,6 +62,8 @@ class ArraySpec:
         A row is the unit of random access and a chunk the unit of checking, so large rows stand
         alone (ViT-B patch tokens, 301 kB: 1) and small ones share a chunk (CLS tokens: 32).
         """
+        if self.chunk is not None:
+            return self.chunk
         rows = CHUNK_ROWS
         while rows > 1 and rows * self.row_bytes > CHUNK_BYTES:
             rows //= 2
@@ -58,7 +72,8 @@ class ArraySpec:
     @property
     def shard_rows(self) -> int:
         """Rows of a shard, the unit of writing: a multiple of 32, up to 64 MiB."""
-        return max(CHUNK_ROWS, SHARD_BYTES // self.row_bytes // CHUNK_ROWS * CHUNK_ROWS)
+        unit = self.chunk or CHUNK_ROWS
+        return max(unit, SHARD_BYTES // self.row_bytes // unit * unit)
 
 
 def key_specs() -> dict[str, ArraySpec]:
@@ -66,11 +81,13 @@ def key_specs() -> dict[str, ArraySpec]:
     return {"key": ArraySpec("uint64")}
 
 
-def view_specs(columns: dict[str, ArraySpec], size: int, pixels: bool) -> dict[str, ArraySpec]:
-    """Arrays of a views group: the recipe's `columns` [N], fingerprints, optionally pixels.
+def view_specs(columns: dict[str, ArraySpec], size: int, pixels: str) -> dict[str, ArraySpec]:
+    """Arrays of a views group: the recipe's `columns` [N], fingerprints, and pixels as asked.
 
     `image_index` names the image (its ordinal in the tar) that a row shows: rows and images are
-    one to one for crops, several rows an image for recipes such as sliding windows.
+    one to one for crops, several rows an image for recipes such as sliding windows. `pixels` is
+    `raw` (uint8 `[N, 3, S, S]`), `jpeg` (see `jpeg_spec`) or empty; a group of JPEGs also has
+    `jpeg_offset [N + 1]`, the bounds of each row's picture.
     """
     specs = {
         **key_specs(),
@@ -80,43 +97,51 @@ def view_specs(columns: dict[str, ArraySpec], size: int, pixels: bool) -> dict[s
         "fingerprint_hash": ArraySpec("uint64"),
         **columns,
     }
-    if pixels:
+    if pixels == "raw":
         specs["pixels"] = ArraySpec("uint8", (3, size, size), sharded=True)
     return specs
 
 
-def patch_index_name(grid: tuple[int, int]) -> str:
-    """Name of the array `[N, K] uint16` with the patches kept for every encoder of that grid."""
-    return f"patch_index_{grid[0]}x{grid[1]}"
+def jpeg_specs(rows: int, total_bytes: int) -> dict[str, ArraySpec]:
+    """The two arrays of views stored as JPEG, known when all have been made.
 
-
-def patch_index_spec(kept: int) -> ArraySpec:
-    """Positions (row-major in the grid, ascending) of the patch tokens that were kept."""
-    return ArraySpec("uint16", (kept,))
-
-
-def jpeg_specs(total_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Arrays of views stored as JPEG, the second form of stored pixels: all bytes, and offsets.
-
-    `jpeg [total] uint8` holds the pictures one after another, `jpeg_offset [N + 1] uint64` their
-    bounds. Unlike every other array, the first is not indexed by rows.
+    `jpeg [total] uint8` holds the pictures one after another in chunks of 64 KiB, `jpeg_offset
+    [N + 1] uint64` their bounds. Unlike every other array, these are not indexed by rows.
     """
-    return {"jpeg": ("uint8", (total_bytes,)), "jpeg_offset": ("uint64", ())}
+    return {
+        "jpeg": ArraySpec("uint8", sharded=True, extent=total_bytes, chunk=JPEG_CHUNK),
+        "jpeg_offset": ArraySpec("uint64", extent=rows + 1),
+    }
 
 
-def feature_specs(tokens: dict[str, tuple[int, ...]], codec: str = "fp16") -> dict[str, ArraySpec]:
+def subset_owner(grid: tuple[int, int]) -> str:
+    """Name of the folder with the kept patches of every encoder of that grid."""
+    return f"patches@{grid[0]}x{grid[1]}"
+
+
+def subset_specs(kept: int) -> dict[str, ArraySpec]:
+    """Arrays of a group of kept patches: positions (row-major in the grid, ascending) `[N, K]`."""
+    return {**key_specs(), "patch_index": ArraySpec("uint16", (kept,), sharded=True)}
+
+
+def feature_specs(tokens: Mapping[str, Sequence[int]], codec: str = FP16) -> dict[str, ArraySpec]:
     """Arrays of a features group: `cls [N, D]`, `patches [N, P, D]`, and further named ones.
 
-    `tokens` gives each array's row shape; registers, summary tokens and `mean_patch` are stored
-    like CLS tokens, in float16. Only `patches` and `cls` are ever quantised: with an int8 codec
-    they are int8 and a token beyond the range carries its own factor in `scale_<name>`.
+    `tokens` gives each array's row shape. Only `patches` are ever quantised: int8, or two channels
+    in a uint8 with `int4`; beside them `scale_patches` `[N, P]` holds the factor of tokens beyond
+    the codec's range, and 1 for all others. Everything else is float16.
     """
     specs = key_specs()
     for name, row_shape in tokens.items():
-        quantised = codec.startswith("int8") and name in ("cls", "patches")
-        specs[name] = ArraySpec("int8" if quantised else "float16", row_shape, sharded=True)
-        if quantised:
-            specs[f"scale_{name}"] = ArraySpec("float16", row_shape[:-1])
+        shape = tuple(row_shape)
+        if name != "patches" or codec == FP16:
+            specs[name] = ArraySpec("float16", shape, sharded=True)
+            continue
+        packed = codec == "int4"
+        stored = (*shape[:-1], shape[-1] // 2) if packed else shape
+        compression = "zstd" if codec.endswith("-zstd") else ""
+        specs[name] = ArraySpec("uint8" if packed else "int8", stored, True, compression)
+        specs["scale_patches"] = ArraySpec("float16", shape[:-1], sharded=True)
     return specs
 
 
@@ -143,6 +168,10 @@ class Record:
         """Publish the record at `path`, whole or not at all, by way of the folder `aside`."""
         publish(path, asdict(self), aside)
 
+    def publish_first(self, path: Path, aside: Path) -> bool:
+        """As `write`, but only where there is nothing yet; returns whether this was the first."""
+        return publish(path, asdict(self), aside, replace=False)
+
     def seal(self) -> str:
         """The `content_sha256` under which the record is stored."""
         return content_sha256(asdict(self))
@@ -160,7 +189,11 @@ class CacheRecord(Record):
 
 @dataclass(frozen=True)
 class TarRecord(Record):
-    """`tars/<stem>.json`: one image tar. The stem is its identity, sha256 pins its bytes."""
+    """`tars/<stem>.json`: one image tar. The stem is its identity, sha256 pins its bytes.
+
+    `rows` counts the images that have rows in units; `skipped` lists the others, which could not
+    be decoded, as `[ordinal, key, reason]`.
+    """
 
     kind: ClassVar[str] = "tar record"
     stem: str
@@ -169,6 +202,7 @@ class TarRecord(Record):
     sha256: str
     rows: int
     keys_digest: str
+    skipped: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -209,23 +243,33 @@ class EncoderRecord(Record):
 class CodecRecord(Record):
     """`<encoder>/<recipe>/codec.json`: how this encoder's features of this recipe are stored.
 
-    `patches` is the number of patch tokens kept for each row, or None for all; `calibration` holds
-    the per-channel offset and step of quantising codecs.
+    `arrays` gives the row shape of each array that is kept, before coding: all of the encoder's, or
+    its CLS tokens alone, with `patches` patch tokens a row, or all where that is None. Quantising
+    codecs have a `calibration` (`mean` and `std` of each channel of the patch tokens) and the
+    `fidelity` that they reached on the rows that it is from.
     """
 
     kind: ClassVar[str] = "codec record"
     codec: str
+    arrays: dict[str, list[int]]
     patches: int | None = None
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, list[float]] = field(default_factory=dict)
+    fidelity: dict[str, float] = field(default_factory=dict)
+
+    def specs(self) -> dict[str, ArraySpec]:
+        """Arrays of every unit of these features."""
+        return feature_specs(self.arrays, self.codec)
 
 
 @dataclass(frozen=True)
 class UnitRecord(Record):
     """The manifest of one unit (a tar, a view, an encoder or the views), written last.
 
-    `objects` maps every file of the Zarr group to `[bytes, crc32c]`. For features, `views` is the
-    seal of the views manifest they were computed from, `encoder` the seal of `teacher.json`, and
-    `statistics` the moments of each token type before coding.
+    `group` is the name of the Zarr group beside it, and `objects` maps every file in there to
+    `[bytes, sha256]`. For features, `views` is the seal of the views manifest they were computed
+    from, `encoder` and `codec` those of `teacher.json` and `codec.json`, `subset` that of the
+    manifest of the kept patches, `statistics` the moments of each token type before coding, and
+    `rescaled` the number of tokens with a factor of their own.
     """
 
     kind: ClassVar[str] = "manifest"
@@ -235,11 +279,13 @@ class UnitRecord(Record):
     view: int
     rows: int
     keys_digest: str
+    group: str
     arrays: dict[str, list[Any]]
-    objects: dict[str, list[int]]
+    objects: dict[str, list[Any]]
     views: str | None = None
     encoder: str | None = None
     codec: str | None = None
+    subset: str | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     rescaled: int = 0
 
@@ -267,13 +313,16 @@ class Layout:
         """`<encoder>/<recipe>/codec.json`."""
         return self.root / encoder / recipe / "codec.json"
 
-    def unit(self, owner: str, recipe: str, view: int, stem: str) -> Path:
-        """The Zarr group of a unit; `owner` is an encoder's folder name, or `views`."""
-        return self.root / owner / recipe / str(view) / f"{stem}.zarr"
-
     def manifest(self, owner: str, recipe: str, view: int, stem: str) -> Path:
-        """The manifest beside that group: only what has one exists."""
+        """The manifest of a unit, beside the group that it names: only what has one exists.
+
+        `owner` is an encoder's folder name, `views`, or a `subset_owner`.
+        """
         return self.root / owner / recipe / str(view) / f"{stem}.json"
+
+    def group(self, manifest: Path, name: str) -> Path:
+        """The Zarr group that a manifest names."""
+        return manifest.parent / name
 
     def encoders(self) -> list[str]:
         """Folder names that hold a `teacher.json`, sorted."""

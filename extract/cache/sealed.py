@@ -5,6 +5,7 @@ flipped bit anywhere in it is found on reading. A file appears under its name wh
 written aside, flushed to the disk, renamed, and the folder flushed (`publish`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from extract.cache.errors import CacheError
 
 SEAL = "content_sha256"
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def content_sha256(content: dict[str, Any]) -> str:
@@ -51,10 +53,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-def publish(path: Path, content: dict[str, Any], aside: Path) -> None:
+def publish(path: Path, content: dict[str, Any], aside: Path, *, replace: bool = True) -> bool:
     """Write a sealed JSON file so that it exists whole or not at all, also after a power cut.
 
-    `aside` is a folder on the same file system that only this process writes to (`Staging`).
+    `aside` is a folder on the same file system that only this process writes to (`Staging`). With
+    `replace=False` a file that is there already stays; of several processes that publish at once,
+    one wins. Returns whether the file is now this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = aside / uuid.uuid4().hex
@@ -62,8 +66,23 @@ def publish(path: Path, content: dict[str, Any], aside: Path) -> None:
         file.write(sealed_bytes(content))
         file.flush()
         os.fsync(file.fileno())
-    draft.rename(path)
+    if replace:
+        draft.rename(path)
+    else:
+        try:
+            # Unlike rename, this fails where the name is taken, also over NFS.
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # File systems without links (FAT, some FUSE) leave a moment in which both could win.
+            if error.errno not in NO_LINKS or path.exists():
+                raise
+            draft.rename(path)
+        finally:
+            draft.unlink(missing_ok=True)
     sync_folder(path.parent)
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Moments:
             return cls(0, np.zeros(flat_ND.shape[1]), np.zeros(flat_ND.shape[1]))
         mean_D = flat_ND.mean(axis=0)
         return cls(len(flat_ND), mean_D, np.square(flat_ND - mean_D).sum(axis=0))
+
+    @classmethod
+    def of_tensor(cls, tokens: Tensor) -> "Moments":
+        """Moments of `tokens [..., D]`, summed in float64 on the device where they are."""
+        flat_ND = tokens.flatten(0, -2).double()
+        mean_D = flat_ND.mean(0)
+        m2_D = (flat_ND - mean_D).square_().sum(0)
+        return cls(len(flat_ND), mean_D.cpu().numpy(), m2_D.cpu().numpy())
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets together."""

@@ -15,8 +15,7 @@ import pytest
 import timm
 import torch
 import webdataset as wds
-import zarr
-from conftest import SIZE, make_cache, write_tar
+from conftest import SIZE, make_cache, open_unit, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +87,7 @@ def test_features_are_those_of_the_timm_model_on_the_rendered_views(
         for view in (0, 1):
             views = rendered(tar, view)
             for name in ("alpha", "beta"):
-                group = zarr.open_group(feats / name / LABEL / str(view) / f"{tar.stem}.zarr")
+                group = open_unit(feats, name, view, tar.stem)
                 expected = plain_tokens(encoders[name], views).numpy()
                 for array, tokens in (("cls", expected[:, 0]), ("patches", expected[:, 1:])):
                     found = np.asarray(group[array][:])
@@ -149,10 +148,9 @@ def test_the_last_partial_batch_is_kept(
 ) -> None:
     cache = tmp_path / "feats"
     extract(config(cache, tars[1:], encoders, "alpha", views=1, batch_size=batch_size))
-    where = Path("alpha", LABEL, "0", f"{tars[1].stem}.zarr")
     for array in ("key", "cls", "patches"):
-        found = np.asarray(zarr.open_group(cache / where)[array][:])
-        expected = np.asarray(zarr.open_group(feats / where)[array][:])
+        found = np.asarray(open_unit(cache, "alpha", 0, tars[1].stem)[array][:])
+        expected = np.asarray(open_unit(feats, "alpha", 0, tars[1].stem)[array][:])
         if array == "key":
             np.testing.assert_array_equal(found, expected)
         else:
@@ -170,7 +168,7 @@ def test_an_image_is_decoded_once_for_all_encoders_and_views(
         seen.append(where)
         return decode(data, where)
 
-    monkeypatch.setattr("extract.units.decode", spy)
+    monkeypatch.setattr("extract.rendering.decode", spy)
     extract(config(tmp_path / "feats", tars, encoders, "alpha", "beta", views=3))
     assert len(seen) == len(set(seen)) == 51
 
@@ -304,10 +302,10 @@ def test_stored_views_are_the_rendered_pixels(
     tmp_path: Path, tars: list[Path], encoders: dict[str, Path], feats: Path
 ) -> None:
     cache = tmp_path / "feats"
-    extract(config(cache, tars, encoders, "alpha", "beta", store_views=True))
+    extract(config(cache, tars, encoders, "alpha", "beta", store_views="raw"))
     for tar in tars:
         for view in (0, 1):
-            group = zarr.open_group(cache / "views" / LABEL / str(view) / f"{tar.stem}.zarr")
+            group = open_unit(cache, "views", view, tar.stem)
             np.testing.assert_array_equal(group["pixels"][:], rendered(tar, view).numpy())
     for name in ("alpha", "beta"):
         zarrs = {k: v for k, v in tree(feats / name).items() if ".zarr/" in k}
@@ -334,7 +332,7 @@ def test_an_image_folder_is_packed_and_extracted(tmp_path: Path, encoders: dict[
     originals = [path.read_bytes() for path in (tmp_path / "pictures").rglob("*.jpg")]
     assert sorted(jpegs) == sorted(originals)
     assert all(Image.open(io.BytesIO(data)).size == (70, 60) for data in jpegs)
-    group = zarr.open_group(cache / "alpha" / LABEL / "1" / f"{tar.stem}.zarr")
+    group = open_unit(cache, "alpha", 1, tar.stem)
     expected = plain_tokens(encoders["alpha"], rendered(tar, 1)).numpy()[:, 0]
     np.testing.assert_allclose(group["cls"][:].astype(float), expected, rtol=2e-3, atol=2e-5)
     before = tree(cache)
@@ -349,6 +347,6 @@ def test_encoders_of_another_grid_share_the_views(
     selection = select(Cache(cache))
     assert Cache(cache).encoder("wide").arrays == {"cls": [48], "patches": [16, 48]}
     assert selection.encoders == ("alpha", "wide")
-    group = zarr.open_group(cache / "wide" / LABEL / "0" / f"{tars[1].stem}.zarr")
+    group = open_unit(cache, "wide", 0, tars[1].stem)
     expected = plain_tokens(encoders["wide"], rendered(tars[1], 0)).numpy()[:, 1:]
     np.testing.assert_allclose(group["patches"][:].astype(float), expected, rtol=2e-3, atol=2e-5)

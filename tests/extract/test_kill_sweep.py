@@ -23,7 +23,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 # Every publishing rename is swept, and every n-th other operation; 1 takes minutes and all of them.
 STRIDE = int(os.environ.get("KILL_SWEEP_STRIDE", "61"))
-OPERATIONS = ("fsync", "rename", "replace", "mkdir")
+OPERATIONS = ("fsync", "rename", "replace", "link", "mkdir")
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -108,7 +108,7 @@ def count_operations(work: Callable[[], None], log: Path) -> list[tuple[str, boo
         calls: list[tuple[str, bool]] = []
 
         def call(name: str, args: tuple[Any, ...], perform: Callable[[], Any]) -> Any:
-            moves = name in ("rename", "replace")
+            moves = name in ("rename", "replace", "link")
             calls.append((name, moves and ".staging-" not in os.fspath(args[1])))
             return perform()
 

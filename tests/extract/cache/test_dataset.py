@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import zarr
-from conftest import SIZE, write_tar
+from conftest import SIZE, open_unit, write_tar
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 
@@ -85,7 +84,7 @@ def test_items_are_what_zarr_and_the_recipe_give(
         tar, row, view = place(index, tars)
         assert torch.equal(batch["views"][i], expected_view(tar, row, view))
         for name in ("alpha", "beta"):
-            group = zarr.open_group(feats / name / LABEL / str(view) / f"{tar.stem}.zarr")
+            group = open_unit(feats, name, view, tar.stem)
             for array in ("cls", "patches"):
                 tokens = batch["targets"][name][array][i]
                 assert tokens.dtype == torch.float16
@@ -150,7 +149,7 @@ def test_a_part_of_the_cache_has_its_own_numbers(feats: Path, dataset: CachedVie
 def owned(tmp_path: Path, tars: list[Path], encoders: dict[str, Path]) -> Callable[..., Path]:
     """Makes a cache with image tars of its own, `data/*.tar` beside it, that may be damaged."""
 
-    def make(store_views: bool = False) -> Path:
+    def make(store_views: str = "") -> Path:
         (tmp_path / "data").mkdir()
         mine = [str(shutil.copy(tar, tmp_path / "data")) for tar in tars]
         config = ExtractConfig(
@@ -173,7 +172,7 @@ def owned(tmp_path: Path, tars: list[Path], encoders: dict[str, Path]) -> Callab
 def test_stored_pixels_need_no_tars(
     owned: Callable[..., Path], dataset: CachedViews, tmp_path: Path
 ) -> None:
-    cache = owned(store_views=True)
+    cache = owned(store_views="raw")
     shutil.rmtree(tmp_path / "data")
     stored = CachedViews(select(Cache(cache)))
     chosen = [0, 1, 33, 59, 60, 101]

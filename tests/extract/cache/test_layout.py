@@ -28,14 +28,19 @@ def test_fields_of_json_files(row: str, record: type[schema.Record]) -> None:
 
 
 def test_every_array_is_documented_with_its_dtype() -> None:
-    specs = schema.view_specs({}, 16, pixels=True) | schema.feature_specs(
-        {"cls": (8,), "patches": (4, 8)}
-    )
-    specs[schema.patch_index_name((14, 14))] = schema.patch_index_spec(4)
-    for name, spec in specs.items():
+    tokens = {"cls": (8,), "patches": (4, 8)}
+    parts = [schema.view_specs({}, 16, pixels="raw"), schema.jpeg_specs(2, 9)]
+    parts += [schema.feature_specs(tokens, codec) for codec in schema.CODECS]
+    parts.append(schema.subset_specs(4))
+    for name, spec in (item for part in parts for item in part.items()):
         line = next((line for line in TEXT.splitlines() if f"| `{name}`" in line), None)
         assert line is not None, name
         assert spec.dtype in line, (name, spec.dtype)
+
+
+def test_every_codec_is_documented() -> None:
+    for codec in schema.CODECS:
+        assert f"`{codec}`" in TEXT, codec
 
 
 @pytest.mark.parametrize("label", ["unic@224", "center@224"])

@@ -18,13 +18,11 @@ from extract.cache.schema import (
     Layout,
     UnitRecord,
     feature_specs,
-    jpeg_specs,
-    patch_index_name,
-    patch_index_spec,
+    subset_specs,
     view_specs,
 )
 from extract.cache.staging import Staging
-from extract.cache.writer import UnitWriter, commit
+from extract.cache.writer import UnitWriter, commit, group_name
 
 ROWS = 83
 
@@ -39,6 +37,7 @@ def write_unit(
         for start in range(0, rows, step):
             for name, values in data.items():
                 writer.append(name, values[start : start + step])
+        objects = writer.finish()
         record = UnitRecord(
             tar="a",
             tar_sha256="",
@@ -46,13 +45,12 @@ def write_unit(
             view=0,
             rows=rows,
             keys_digest="",
+            group=group_name("a", objects),
             arrays=writer.array_table(),
-            objects=writer.finish(),
+            objects=objects,
         )
         commit(layout, "dino", writer, record, staging.folder)
-    return Unit(
-        layout.unit("dino", "unic@224", 0, "a"), layout.manifest("dino", "unic@224", 0, "a")
-    )
+    return Unit(layout.manifest("dino", "unic@224", 0, "a"))
 
 
 def made(specs: dict[str, ArraySpec], rows: int = ROWS) -> dict[str, NDArray]:
@@ -91,8 +89,8 @@ def test_many_shards_and_ragged_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_optional_column_can_be_stored(tmp_path: Path) -> None:
     specs = {
-        **view_specs({"crop_top": ArraySpec("int32")}, size=16, pixels=True),
-        patch_index_name((3, 3)): patch_index_spec(4),
+        **view_specs({"crop_top": ArraySpec("int32")}, size=16, pixels="raw"),
+        **subset_specs(4),
         **feature_specs({"cls": (8,), "patches": (4, 8), "registers": (2, 8)}, codec="int8"),
         "mean_patch": ArraySpec("float16", (8,), sharded=True),
     }
@@ -103,7 +101,6 @@ def test_every_optional_column_can_be_stored(tmp_path: Path) -> None:
         assert np.array_equal(unit.array(name).read_all(), values, equal_nan=True), name
         assert np.array_equal(np.asarray(group[name]), values, equal_nan=True), name
     assert specs["patches"].dtype == "int8" and specs["scale_patches"].row_shape == (4,)
-    assert set(jpeg_specs(1000)) == {"jpeg", "jpeg_offset"}
 
 
 def test_a_row_or_a_chunk_fits_the_unit_of_random_access() -> None:
@@ -120,11 +117,14 @@ def test_missing_data_are_nan_or_minus_128() -> None:
     assert ArraySpec("int8").fill_value == -128
 
 
+def manifest_of(unit: Unit) -> Path:
+    return unit.folder.parent / f"{unit.record.tar}.json"
+
+
 def damaged(unit: Unit, path: Path) -> Exception | None:
     """What opening the unit again and reading all of it raises."""
-    manifest = Path(unit.folder).with_suffix(".json")
     try:
-        again = Unit(unit.folder, manifest)
+        again = Unit(manifest_of(unit))
         for name in SMALL:
             again.array(name).read_all()
     except CacheError as error:
@@ -137,7 +137,7 @@ def stored_files(unit: Unit) -> list[Path]:
 
 
 def test_any_missing_file_is_found(unit: Unit, tmp_path: Path) -> None:
-    for path in [*stored_files(unit), unit.folder.with_suffix(".json")]:
+    for path in [*stored_files(unit), manifest_of(unit)]:
         kept = tmp_path / "kept"
         shutil.move(path, kept)
         error = damaged(unit, path)
@@ -157,7 +157,7 @@ def test_any_cut_file_is_found(unit: Unit) -> None:
 
 def test_any_flipped_bit_is_found(unit: Unit) -> None:
     rng = np.random.default_rng(2)
-    files = [*stored_files(unit), unit.folder.with_suffix(".json")]
+    files = [*stored_files(unit), manifest_of(unit)]
     for path in files:
         content = bytearray(path.read_bytes())
         for bit in rng.choice(len(content) * 8, size=min(30, len(content)), replace=False):
@@ -221,7 +221,7 @@ def test_the_first_of_two_writers_wins_and_orphans_are_replaced(tmp_path: Path) 
     unit = write_unit(root, SMALL, data)
     second = write_unit(root, SMALL, {**data, "cls": data["cls"] + 1})
     assert np.array_equal(second.array("cls").read_all(), data["cls"])
-    unit.folder.with_suffix(".json").unlink()
+    manifest_of(unit).unlink()
     third = write_unit(root, SMALL, {**data, "cls": data["cls"] + 1})
     assert np.array_equal(third.array("cls").read_all(), data["cls"] + 1)
     assert not list(root.glob(".staging-*"))
@@ -239,7 +239,7 @@ def test_an_abandoned_staging_folder_is_removed_and_a_living_one_is_not(tmp_path
 
 
 def test_json_files_are_strict(unit: Unit, tmp_path: Path) -> None:
-    manifest = unit.folder.with_suffix(".json")
+    manifest = manifest_of(unit)
     record = UnitRecord.read(manifest)
     assert record.seal() == json.loads(manifest.read_text())["content_sha256"]
     with Staging(tmp_path / "other") as staging:

@@ -1,0 +1,292 @@
+"""What a run writes down before its first unit, or finds there and must agree with.
+
+    cache.json                      format, seed
+    tars/<stem>.json                one image tar, when its turn comes
+    <encoder>/teacher.json          the encoder
+    <encoder>/<recipe>/codec.json   how its features are stored; quantising codecs are calibrated
+
+Each is made once: of several processes, the first one's counts and the others read it.
+"""
+
+import glob
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.cache.codecs import calibrate, fidelity, to_float16
+from extract.cache.errors import CacheError
+from extract.cache.images import DECODER, TarIndex, index_tar, keys_digest, tar_sha256
+from extract.cache.reader import Cache
+from extract.cache.schema import (
+    CALIBRATION_ROWS,
+    FORMAT_VERSION,
+    FP16,
+    VIEWS,
+    CacheRecord,
+    CodecRecord,
+    EncoderRecord,
+    Layout,
+    TarRecord,
+)
+from extract.cache.staging import Staging
+from extract.cache.statistics import Moments, merged
+from extract.cache.subsets import kept_patches
+from extract.config import ExtractConfig
+from extract.encoder import Encoder
+from extract.job import Job
+from extract.rendering import Rendering
+from extract.units import padded, take
+
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")
+
+
+def open_or_create(config: ExtractConfig, staging: Staging) -> Cache:
+    """The cache, made if there is none; raises `CacheError` where that cannot be."""
+    layout = Layout(config.cache)
+    if not layout.cache.exists():
+        foreign = [path.name for path in config.cache.iterdir() if not path.name.startswith(".")]
+        if foreign and not layout.cache.exists():
+            raise CacheError(
+                f"{config.cache} is not empty and is no feature cache (it holds "
+                f"{', '.join(sorted(foreign)[:3])}…): choose a new or empty folder with --cache"
+            )
+        record = CacheRecord(FORMAT_VERSION, config.seed, DECODER)
+        record.publish_first(layout.cache, staging.folder)
+    cache = Cache(config.cache)
+    if cache.record.seed != config.seed:
+        raise CacheError(
+            f"{config.cache} was made with seed {cache.record.seed}, now --seed {config.seed} was "
+            f"given: views of two seeds do not mix; use --seed {cache.record.seed} or another cache"
+        )
+    return cache
+
+
+def record_encoder(
+    cache: Cache, folder: str, encoder: Encoder, staging: Staging, replace: bool
+) -> EncoderRecord:
+    """Write `teacher.json`, or raise `CacheError` where it says otherwise."""
+    record = describe(folder, encoder)
+    path = cache.layout.encoder(folder)
+    stored = EncoderRecord.read(path) if path.exists() else None
+    if stored is not None and stored.identity() != record.identity():
+        # A run that failed before its first unit may have left a record that nothing relies on.
+        if not replace and any((cache.root / folder).glob("*/*/*.json")):
+            raise CacheError(_other_encoder(cache.root / folder, stored, record))
+        # Out of sight in one step, then deleted with the staging folder.
+        os.rename(cache.root / folder, staging.folder / f"replaced-{folder}")
+    record.publish_first(path, staging.folder)
+    stored = EncoderRecord.read(path)
+    if stored.identity() != record.identity():
+        raise CacheError(_other_encoder(cache.root / folder, stored, record))
+    return stored
+
+
+def _other_encoder(folder: Path, stored: EncoderRecord, found: EncoderRecord) -> str:
+    changes = "; ".join(
+        f"{name}: {stored.identity()[name]!r} in the cache, {value!r} now"
+        for name, value in found.identity().items()
+        if stored.identity()[name] != value
+    )
+    return (
+        f"{folder} was made by another encoder ({changes}): use the same weights, or give this "
+        f"one a name of its own with --teacher NEWNAME=…"
+    )
+
+
+def describe(folder: str, encoder: Encoder) -> EncoderRecord:
+    """The encoder's record, with the shapes of its arrays from one blank view."""
+    spec = encoder.spec
+    with torch.inference_mode():
+        blank = encoder(torch.zeros((1, 3, spec.size, spec.size), dtype=torch.uint8))
+    return EncoderRecord(
+        name=folder,
+        source=spec.source,
+        architecture=spec.architecture,
+        weights_sha256=spec.sha256,
+        global_token=spec.global_token,
+        tap=spec.tap,
+        size=spec.size,
+        grid=list(spec.grid),
+        patch_size=spec.patch_size,
+        arrays={name: list(tokens.shape[1:]) for name, tokens in blank.items()},
+        mean=list(spec.mean),
+        std=list(spec.std),
+        interpolation=spec.interpolation,
+        position_embedding=spec.position_embedding,
+        precision=spec.precision,
+        licence=spec.licence,
+        parameters=spec.parameters,
+        environment={
+            "python": platform.python_version(),
+            **{library: version(library) for library in LIBRARIES},
+        },
+    )
+
+
+def planned_codec(config: ExtractConfig, encoder: EncoderRecord) -> CodecRecord:
+    """How a new encoder's features would be stored, but for the calibration."""
+    arrays = {name: list(shape) for name, shape in encoder.arrays.items()}
+    if config.tokens == "cls":
+        return CodecRecord(FP16, {"cls": arrays["cls"]})
+    total = arrays["patches"][0]
+    if config.patches is not None and config.patches > total:
+        raise CacheError(
+            f"--patches {config.patches}: {encoder.name} has {total} patch tokens a view "
+            f"({encoder.grid[0]} x {encoder.grid[1]}); choose fewer, or leave it out to keep all"
+        )
+    kept = config.patches if config.patches != total else None
+    arrays["patches"][0] = kept or total
+    return CodecRecord(config.codec or FP16, arrays, kept)
+
+
+def record_codec(
+    job: Job, name: str, encoder: Encoder, config: ExtractConfig, first: Path, staging: Staging
+) -> CodecRecord:
+    """Write `codec.json`, calibrated on the first rows of the first tar, or compare with it.
+
+    Raises `CacheError` when the cache stores these features in another way than asked for.
+    """
+    cache, label = job.cache, job.recipe.label
+    path = cache.layout.codec(name, label)
+    wanted = planned_codec(config, cache.encoder(name))
+    if not path.exists():
+        if wanted.codec != FP16:
+            wanted = _calibrated(job, encoder, wanted, index_tar(first))
+        wanted.publish_first(path, staging.folder)
+    stored = cache.codec(name, label)
+    wrong = _differences(stored, wanted, config)
+    if wrong and not any(path.parent.glob("*/*.json")):
+        # A run that stopped before its first unit: nothing relies on what it meant to do.
+        path.unlink()
+        return record_codec(job, name, encoder, config, first, staging)
+    _refuse(path, stored, wrong)
+    _check_subset(cache, name, label)
+    return stored
+
+
+def _differences(stored: CodecRecord, wanted: CodecRecord, config: ExtractConfig) -> list[str]:
+    """Flags that ask for another way of storing than the cache has."""
+    cls_only = "patches" not in stored.arrays
+    asked = {
+        "--codec": config.codec is not None and not cls_only and stored.codec != config.codec,
+        "--tokens": (config.tokens == "cls") > cls_only,
+        "--patches": config.patches is not None and stored.patches != wanted.patches,
+    }
+    return [flag for flag, differs in asked.items() if differs]
+
+
+def _refuse(path: Path, stored: CodecRecord, wrong: list[str]) -> None:
+    if wrong:
+        kept = f"{stored.patches} patch tokens" if stored.patches else "all patch tokens"
+        kept = kept if "patches" in stored.arrays else "CLS tokens only"
+        raise CacheError(
+            f"{path.parent} is stored as {stored.codec} with {kept}, which {' and '.join(wrong)} "
+            "would change: leave that out to go on with it, use another --cache, or see "
+            "unic-extract convert"
+        )
+
+
+def _check_subset(cache: Cache, name: str, label: str) -> None:
+    """Every encoder of a grid keeps the same patches, because their positions are stored once."""
+    owner, kept = cache.subset(name, label), cache.codec(name, label).patches
+    if owner is None:
+        return
+    for other in cache.encoders():
+        path = cache.layout.codec(other, label)
+        if path.exists() and cache.subset(other, label) == owner:
+            theirs = cache.codec(other, label).patches
+            if theirs != kept:
+                raise CacheError(
+                    f"{other} keeps {theirs} patch tokens of its {owner.partition('@')[2]} grid in "
+                    f"this cache, {name} would keep {kept}: use --patches {theirs}, or another "
+                    "--cache"
+                )
+
+
+def _calibrated(job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex) -> CodecRecord:
+    moments, blocks = [], []
+    for tokens in _first_patches(job, encoder, wanted, first):
+        moments.append(Moments.of_tensor(tokens))
+        blocks.append(tokens)
+    codec = calibrate(wanted.codec, merged(moments))
+    return CodecRecord(
+        wanted.codec,
+        wanted.arrays,
+        wanted.patches,
+        dict(codec.calibration),
+        fidelity(codec, blocks),
+    )
+
+
+def _first_patches(
+    job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex
+) -> Iterator[Tensor]:
+    """Kept patch tokens `[B, K, D]` float16 of view 0 of the first tar's first 256 rows."""
+    record = tar_record(job.cache, first)
+    rendering = Rendering(job, first, record, [0])
+    size = min(job.batch_size, record.rows)
+    grid = encoder.spec.grid
+    for rows, views in rendering.batches(job.batch_size, job.workers, CALIBRATION_ROWS):
+        tokens = padded(encoder, views[0].pixels, size)["patches"]
+        if wanted.patches is not None:
+            places = [
+                (first.stem, rendering.samples[r].ordinal, rendering.samples[r].key) for r in rows
+            ]
+            seed = job.cache.record.seed
+            tokens = take(
+                tokens,
+                np.stack([kept_patches(seed, *p, 0, grid, wanted.patches) for p in places]),
+            )
+        yield to_float16(tokens, lambda i: f"patches of row {i} of the calibration")
+
+
+def tar_record(cache: Cache, index: TarIndex) -> TarRecord:
+    """The record of a tar: the stored one, or what a new one would be."""
+    target = cache.layout.tar(index.stem)
+    if target.exists() and has_units(cache, index.stem):
+        return cache.tar(index.stem)
+    return TarRecord(
+        stem=index.stem,
+        locations=[os.path.relpath(index.path, cache.root)],
+        bytes=index.size,
+        sha256=tar_sha256(index.path),
+        rows=len(index.samples),
+        keys_digest=keys_digest([sample.key for sample in index.samples]),
+    )
+
+
+def check_tar(job: Job, path: Path) -> bool:
+    """Whether the cache knows this tar already and units rely on what it knows.
+
+    Raises `CacheError` when it is another tar than the one that the cache knows by its name.
+    """
+    cache, stem = job.cache, path.name.removesuffix(".tar")
+    target = cache.layout.tar(stem)
+    # Without a unit nothing relies on the record: a tar that stopped a run may have been mended.
+    if not target.exists() or not has_units(cache, stem):
+        return False
+    stored = cache.tar(stem)
+    complete = not any(job.missing(stem).values())
+    same = path.stat().st_size == stored.bytes
+    if not same or (not complete and tar_sha256(path) != stored.sha256):
+        raise CacheError(
+            f"{path} is not the tar that {target} describes ({stored.bytes} bytes, sha256 "
+            f"{stored.sha256[:12]}…): tars of one cache need different names, and a changed "
+            "tar needs a new cache"
+        )
+    return True
+
+
+def has_units(cache: Cache, stem: str) -> bool:
+    """Whether any unit of this tar is published."""
+    return any(
+        path
+        for owner in (VIEWS, *cache.encoders())
+        for path in (cache.root / owner).glob(f"*/*/{glob.escape(stem)}.json")
+    )
