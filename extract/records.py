@@ -35,7 +35,6 @@ from extract.cache.schema import (
     TarRecord,
 )
 from extract.cache.staging import Staging
-from extract.cache.statistics import Moments, merged
 from extract.cache.subsets import kept_patches
 from extract.config import ExtractConfig
 from extract.encoder import Encoder
@@ -210,17 +209,14 @@ def _check_subset(cache: Cache, name: str, label: str) -> None:
 
 
 def _calibrated(job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex) -> CodecRecord:
-    moments, blocks = [], []
-    for tokens in _first_patches(job, encoder, wanted, first):
-        moments.append(Moments.of_tensor(tokens))
-        blocks.append(tokens)
-    codec = calibrate(wanted.codec, merged(moments))
+    patches = torch.cat(list(_first_patches(job, encoder, wanted, first)))
+    codec = calibrate(wanted.codec, patches)
     return CodecRecord(
         wanted.codec,
         wanted.arrays,
         wanted.patches,
         dict(codec.calibration),
-        fidelity(codec, blocks),
+        fidelity(codec, patches),
     )
 
 

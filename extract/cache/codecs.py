@@ -1,7 +1,7 @@
 """From an encoder's float32 tokens to what is stored and back, by codec name.
 
-B = rows, P = patch tokens, D = channels. CLS tokens and all other arrays are
-float16 whatever the codec; patch tokens `[B, P, D]` are
+B = rows, N = rows of the calibration, P = patch tokens, D = channels. CLS tokens and all other
+arrays are float16 whatever the codec; patch tokens `[B, P, D]` are
 
     fp16        float16                                                         2 bytes a value
     int8        z = (x - mean) / std in steps of 1/16                           1
@@ -15,7 +15,7 @@ plain torch on the device where the tokens are. Tokens are rounded to float16 be
 quantised, so that a float16 cache converted later and a cache extracted in int8 hold the same bits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,12 +25,14 @@ from torch.nn import functional
 
 from extract.cache.errors import UserError
 from extract.cache.schema import FP16
-from extract.cache.statistics import Moments
+from extract.cache.statistics import Moments, merged
 
 FLOAT16_MAX = 65504.0
 # Steps to one standard deviation.
 STEPS = {"int8": 16.0, "int8-zstd": 8.0}
 INT4_RANGE, INT4_RMS = 2.75, 1.5
+# Sums are over blocks of so many rows, so that whoever calibrates gets the same bits.
+BLOCK_ROWS = 64
 
 
 class FeatureError(UserError):
@@ -145,18 +147,19 @@ def to_float16(tokens: Tensor, where: Callable[[int], str]) -> Tensor:
     return tokens.half()
 
 
-def calibrate(name: str, moments: Moments) -> Codec:
-    """The codec `name` for patch tokens of these moments (of float16 tokens of the first rows)."""
+def calibrate(name: str, patches_NPD: Tensor) -> Codec:
+    """The codec `name`, calibrated on float16 patch tokens `[N, P, D]` of the first rows."""
     if name == FP16:
         return Codec(name)
+    moments = merged(map(Moments.of_tensor, patches_NPD.split(BLOCK_ROWS)))
     std_D = moments.std().astype(np.float32)
     # A channel that never moves would be divided by zero; its only value is its mean.
     std_D[std_D == 0] = 1
     return Codec(name, {"mean": moments.mean.astype(np.float32).tolist(), "std": std_D.tolist()})
 
 
-def fidelity(codec: Codec, blocks: Iterable[Tensor]) -> dict[str, float]:
-    """How well a quantising codec keeps float16 patch tokens `[B, P, D]`, in standardized space.
+def fidelity(codec: Codec, patches_NPD: Tensor) -> dict[str, float]:
+    """How well a quantising codec keeps float16 patch tokens `[N, P, D]`, in standardized space.
 
     `relative_l2` of the error, `cosine_mean` and `cosine_p1` (1st percentile) between tokens before
     and after, `rescaled` and `clipped` as shares of tokens and of values. Empty for `fp16`.
@@ -164,7 +167,7 @@ def fidelity(codec: Codec, blocks: Iterable[Tensor]) -> dict[str, float]:
     if codec.name == FP16:
         return {}
     cosines, error, size, rescaled, clipped, values = [], 0.0, 0.0, 0, 0, 0
-    for tokens_BPD in blocks:
+    for tokens_BPD in patches_NPD.split(BLOCK_ROWS):
         stored, beyond = codec.encode("patches", tokens_BPD.float(), str)
         before, after = (
             codec.standardized(tokens_BPD),

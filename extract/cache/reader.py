@@ -18,6 +18,7 @@ from extract.cache.errors import CacheError
 from extract.cache.schema import (
     CODECS,
     FORMAT_VERSION,
+    SUBSETS,
     VIEWS,
     CacheRecord,
     CodecRecord,
@@ -115,6 +116,15 @@ class Cache:
     def encoders(self) -> list[str]:
         """Names of all encoders with features in the cache, sorted."""
         return self.layout.encoders()
+
+    def tars(self) -> list[str]:
+        """Stems of all tars that the cache knows, sorted."""
+        return sorted(path.stem for path in (self.root / "tars").glob("*.json"))
+
+    def view_owners(self) -> list[str]:
+        """The folders of units that belong to no encoder: `views`, and kept patches by grid."""
+        kept = sorted(path.name for path in self.root.glob(f"{SUBSETS}*"))
+        return [VIEWS, *kept]
 
     def encoder(self, name: str) -> EncoderRecord:
         """The encoder's record; raises `CacheError` that lists what there is."""

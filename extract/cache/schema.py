@@ -21,7 +21,7 @@ FORMAT_VERSION = 0
 CHUNK_BYTES = 256 * 1024
 CHUNK_ROWS = 32
 SHARD_BYTES = 64 * 1024**2
-VIEWS = "views"
+VIEWS, SUBSETS = "views", "patches@"
 RESERVED = {VIEWS, "tars", "images", "eval"}
 FP16 = "fp16"
 CODECS = (FP16, "int8", "int8-zstd", "int4")
@@ -69,11 +69,15 @@ class ArraySpec:
             rows //= 2
         return rows
 
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a shard, the unit of writing: a multiple of 32, up to 64 MiB."""
+    def shard_rows(self, length: int) -> int:
+        """Rows of a shard of an array of `length`, the unit of writing: a multiple of 32.
+
+        Up to 64 MiB, and no more than the array has, because a shard's index has 16 bytes for each
+        inner chunk that it could hold.
+        """
         unit = self.chunk or CHUNK_ROWS
-        return max(unit, SHARD_BYTES // self.row_bytes // unit * unit)
+        most = max(unit, SHARD_BYTES // self.row_bytes // unit * unit)
+        return min(most, max(1, -(-length // unit)) * unit)
 
 
 def key_specs() -> dict[str, ArraySpec]:
@@ -116,7 +120,7 @@ def jpeg_specs(rows: int, total_bytes: int) -> dict[str, ArraySpec]:
 
 def subset_owner(grid: tuple[int, int]) -> str:
     """Name of the folder with the kept patches of every encoder of that grid."""
-    return f"patches@{grid[0]}x{grid[1]}"
+    return f"{SUBSETS}{grid[0]}x{grid[1]}"
 
 
 def subset_specs(kept: int) -> dict[str, ArraySpec]:

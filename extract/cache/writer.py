@@ -59,8 +59,8 @@ class UnitWriter:
                 f"not of {rows.dtype} {rows.shape[1:]}"
             )
         self._pending[name].append(rows)
-        if spec.sharded and self._pending_rows(name) >= spec.shard_rows:
-            self._flush(name, spec.shard_rows)
+        if spec.sharded and self._pending_rows(name) >= self._shard_rows(name):
+            self._flush(name, self._shard_rows(name))
 
     def append_jpegs(self, pictures: Sequence[bytes]) -> None:
         """Add one encoded picture a row; kept in memory until the unit is finished."""
@@ -80,6 +80,9 @@ class UnitWriter:
         extent = self.specs[name].extent
         return self.rows if extent is None else extent
 
+    def _shard_rows(self, name: str) -> int:
+        return self.specs[name].shard_rows(self._length(name))
+
     def _pending_rows(self, name: str) -> int:
         return sum(len(block) for block in self._pending[name])
 
@@ -97,7 +100,7 @@ class UnitWriter:
         """The Zarr array: raw bytes with crc32c, in shards where rows are read at random."""
         if name not in self._arrays:
             spec, length = self.specs[name], self._length(name)
-            shards = (spec.shard_rows, *spec.row_shape)
+            shards = (self._shard_rows(name), *spec.row_shape)
             self._arrays[name] = zarr.create_array(
                 store=self.folder,
                 name=name,
@@ -118,7 +121,7 @@ class UnitWriter:
         for name, spec in self.specs.items():
             length = self._length(name)
             if self._pending_rows(name):
-                self._flush(name, spec.shard_rows if spec.sharded else length)
+                self._flush(name, self._shard_rows(name) if spec.sharded else length)
             if self._written[name] != length:
                 raise CacheError(
                     f"array {name!r} has {self._written[name]} of {length} rows; "

@@ -109,7 +109,10 @@ def test_a_row_or_a_chunk_fits_the_unit_of_random_access() -> None:
     for shape in ((768,), (36, 96), (196, 384), (257, 1536)):
         spec = ArraySpec("float16", shape, True)
         assert spec.chunk_rows == 1 or spec.chunk_rows * spec.row_bytes <= CHUNK_BYTES
-        assert spec.shard_rows % 32 == 0 and spec.shard_rows % spec.chunk_rows == 0
+        for length in (1, 32, 1000, 10**6):
+            rows = spec.shard_rows(length)
+            assert rows % 32 == 0 and rows % spec.chunk_rows == 0
+            assert rows * spec.row_bytes <= 64 * 1024**2 and rows < length + 32
 
 
 def test_missing_data_are_nan_or_minus_128() -> None:
