@@ -4,7 +4,8 @@ B = batch, D = channels of a teacher, P = its patch tokens, V = cached views. Th
   1. `indices`   the samples of step s: pure arithmetic on (seed, epoch), so that a resumed run, or
                  one with another number of threads, sees the same ones;
   2. `iterate`   threads read whole batches ahead (a few large tensors each);
-  3. the batch   views uint8 [B, 3, S, S]; per teacher CLS [B, D] and patches [B, P, D], float16.
+  3. the batch   views uint8 [B, 3, S, S]; per teacher what is stored of CLS and patch tokens;
+  4. `decoded`   CLS [B, D] and patches [B, P, D], float16, on the device where the batch then is.
 An epoch shows every image once; its V views take turns over the epochs, from a seeded first one.
 """
 
@@ -63,7 +64,7 @@ class TrainingBatches:
     ) -> None:
         selection = select(Cache(cache), teachers or None, recipe, views)
         moved = {path.stem: path for path in expand(list(data))} if data else {}
-        self.dataset = CachedViews(selection, data=moved)
+        self.dataset = CachedViews(selection, data=moved, decode=False)
         self.dataset.check_pixels()
         self.seed = seed
         self.rows, self.views = self.dataset.rows, self.dataset.num_views
@@ -110,6 +111,10 @@ class TrainingBatches:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, permutation(self.seed, "epoch", epoch, n=self.rows))
         return self._epoch[1]
+
+    def decoded(self, batch: Batch) -> Batch:
+        """The batch with tokens instead of what is stored of them, on its device."""
+        return self.dataset.decoded(batch)
 
     def iterate(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """Batches of the steps `start` to `stop - 1` in order, read ahead by `workers` threads."""

@@ -210,10 +210,11 @@ class Training:
         optim.set_lr(self.optimizer, self.lr(step))
         size = len(batch["index"])
         momentum = optim.ema_momentum(step, self.total)
-        views, targets, positions = _to(batch, self.device)
+        here = self.batches.decoded(_to(batch, self.device))
+        views, targets = here["views"], here["targets"]
         with self._autocast():
             at = Position(self.config.seed, step, 0, size)
-            loss, values = self.distillation(views, targets, positions, at, momentum)
+            loss, values = self.distillation(views, targets, here["positions"], at, momentum)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -266,19 +267,23 @@ class Training:
         return Finished(folder, json.loads(last), self.total, made)
 
 
-def _to(
-    batch: Batch, device: torch.device
-) -> tuple[Tensor, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _to(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, as stored: quantised targets are decoded there."""
+
     def move(tensor: Tensor) -> Tensor:
         if device.type == "cuda":
             return tensor.pin_memory().to(device, non_blocking=True)
         return tensor
 
-    targets = {
-        teacher: {name: move(tokens) for name, tokens in arrays.items()}
-        for teacher, arrays in batch["targets"].items()
-    }
-    return move(batch["views"]), targets, {n: move(p) for n, p in batch["positions"].items()}
+    return Batch(
+        views=move(batch["views"]),
+        targets={
+            teacher: {name: move(stored) for name, stored in arrays.items()}
+            for teacher, arrays in batch["targets"].items()
+        },
+        positions={teacher: move(chosen) for teacher, chosen in batch["positions"].items()},
+        index=batch["index"],
+    )
 
 
 def _settings(path: Path) -> dict[str, Any]:
