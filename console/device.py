@@ -1,17 +1,30 @@
 """Choosing the device that a command runs on."""
 
+import os
+from collections.abc import Mapping
+
 import torch
 
 from extract.cache.errors import UserError
 
 
-def torch_device(name: str) -> torch.device:
-    """The device named: `auto` is the first CUDA device, or the CPU where there is none.
+def local_rank(environment: Mapping[str, str]) -> int:
+    """This process's number among those of its machine; 0 without a launcher."""
+    text = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or "0"
+    return int(text) if text.isdecimal() else 0
 
-    Raises `UserError` for a name that is no device, or a device that this machine lacks.
+
+def torch_device(name: str) -> torch.device:
+    """The device named: `auto` is a CUDA device, or the CPU where there is none.
+
+    Of several CUDA devices, `auto` takes that of this process's number on its machine, as torchrun
+    (LOCAL_RANK) and SLURM (SLURM_LOCALID) give it, else the first. Raises `UserError` for a name
+    that is no device, or a device that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank(os.environ) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -60,6 +60,11 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
+    def expect(self, more: int) -> None:
+        """There is `more` to do than was known at the start."""
+        self.total += more
+        self._bar.update(self._task, total=self.total)
+
     def advance(self, amount: int, note: str = "") -> None:
         """Count `amount` more units, with a short `note` (the loss, say) behind the numbers."""
         self.done += amount

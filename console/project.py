@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from console.locations import Location, location
 from extract.cache.errors import UserError
 
 FILE = "unic.toml"
@@ -47,7 +48,7 @@ class Project:
     """What the commands take when a flag is not given; everything may be absent."""
 
     data: list[str] = field(default_factory=list)
-    cache: Path | None = None
+    cache: Location | None = None
     runs: Path | None = None
     recipe: str | None = None
     views: int | None = None
@@ -102,8 +103,10 @@ def _parse(path: Path, name: str, value: Any) -> Any:
     if name == "teachers":
         table = _table(path, name, value)
         return {key: str(base / _typed(path, f"{name}.{key}", v, str)) for key, v in table.items()}
-    if name in ("cache", "runs"):
+    if name == "runs":
         return base / _typed(path, name, value, str)
+    if name == "cache":
+        return _based(base, _typed(path, name, value, str))
     numbers: dict[str, tuple[type, ...]] = {
         "views": (int,),
         "seed": (int,),
@@ -133,7 +136,13 @@ def _task(path: Path, name: str, value: Any) -> Task:
 
 def _patterns(path: Path, name: str, value: Any) -> list[str]:
     items = value if isinstance(value, list) else [value]
-    return [str(path.parent / _typed(path, name, item, str)) for item in items]
+    return [str(_based(path.parent, _typed(path, name, item, str))) for item in items]
+
+
+def _based(base: Path, text: str) -> Location:
+    """A path below the project's folder, or a URL."""
+    found = location(text)
+    return base / found if isinstance(found, Path) else found
 
 
 def _table(path: Path, name: str, value: Any) -> dict[str, Any]:

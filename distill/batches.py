@@ -53,7 +53,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        cache: Path,
+        cache: Path | str,
         *,
         teachers: Sequence[str] = (),
         recipe: str | None = None,

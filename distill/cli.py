@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from console.command import run_command
+from console.locations import location
 from console.project import ProjectError, given, read_project
 from distill.config import DistillConfig
 from distill.recipes import RECIPES
@@ -22,7 +23,11 @@ INPUT, METHOD, RUNNING = "Input and output", "Method", "Running"
 @app.command()
 def unic_distill(
     cache: Annotated[
-        Path | None, typer.Option(help="Feature cache to learn from.", rich_help_panel=INPUT)
+        str | None,
+        typer.Option(
+            help="Feature cache to learn from: a folder, or the URL of one in a bucket.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     student: Annotated[
         str | None,
@@ -140,7 +145,7 @@ def unic_distill(
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint; the same command goes on from there.
     """
     project = read_project()
-    found = cache or project.cache
+    found = location(cache) if cache else project.cache
     if found is None:
         raise ProjectError(
             "missing --cache: give it (for example --cache feats), or work in a folder whose "

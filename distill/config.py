@@ -22,7 +22,7 @@ class DistillConfig:
     `log_every`, `checkpoint_minutes` and `data` may change when a run is resumed.
     """
 
-    cache: Path
+    cache: Path | str
     out: Path
     student: str = "vit_base_patch16_224"
     recipe: str = "unic"

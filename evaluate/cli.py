@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from console.command import run_command
+from console.locations import location
 from console.project import Project, ProjectError, Task, read_project
 from evaluate.config import EvalConfig
 from evaluate.table import print_scores
@@ -34,7 +35,9 @@ Train = Annotated[
 Test = Annotated[
     list[str] | None, typer.Option(help="Tars (or an ImageFolder) that it is tested on.")
 ]
-CacheFolder = Annotated[Path | None, typer.Option(help="Feature cache.  (default: feats)")]
+CacheFolder = Annotated[
+    str | None, typer.Option(help="Feature cache: a folder or a URL.  (default: feats)")
+]
 Results = Annotated[
     Path | None, typer.Option(help="Where the figures go.  (default: results.json)")
 ]
@@ -118,7 +121,7 @@ def _run(
     task: str | None,
     train: list[str] | None,
     test: list[str] | None,
-    cache: Path | None,
+    cache: str | None,
     results: Path | None,
     size: int | None,
     seed: int,
@@ -134,7 +137,7 @@ def _run(
         encoders=tuple(choose_encoders(project, encoder)),
         train=tuple(data.train),
         test=tuple(data.test),
-        cache=cache or project.cache or Path("feats"),
+        cache=location(cache) if cache else project.cache or Path("feats"),
         results=results or Path("results.json"),
         name=name,
         classes=tuple(data.classes),

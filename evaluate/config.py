@@ -16,7 +16,7 @@ class EvalConfig:
     encoders: tuple[str, ...]
     train: tuple[str, ...]
     test: tuple[str, ...]
-    cache: Path
+    cache: Path | str
     results: Path
     name: str = ""
     classes: tuple[str, ...] = ()

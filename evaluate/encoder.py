@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from console.locations import below
 from extract.cache.dataset import CachedViews
 from extract.cache.errors import ImageError, UserError
 from extract.cache.images import decode_mask, is_image_folder
@@ -105,14 +106,14 @@ class Split:
     @cached_property
     def labels(self) -> Tensor:
         """Class numbers int64 `[N]` from the `.cls` members; raises `EvaluationError` without."""
-        return torch.tensor([self._label(*place) for place in self._places()])
+        return torch.tensor([self._label(tar, ordinal) for tar, _, ordinal in self._places()])
 
     @cached_property
     def masks(self) -> Tensor:
         """Category masks uint8 `[N, S, S]` from `.seg.png`, 255 = ignored, cut like the views."""
         recipe = parse_recipe(self.selection.recipe)
         masks = []
-        for tar, ordinal in self._places():
+        for tar, row, ordinal in self._places():
             where, data = self._member(tar, ordinal, "seg.png", "unic-eval segmentation")
             mask = decode_mask(data, where)
             if mask.max() > IGNORE:
@@ -121,7 +122,7 @@ class Split:
                     f"{IGNORE - 1}, and {IGNORE} where a pixel is ignored"
                 )
             unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
-            parameters = {name: unit.column(name)[ordinal] for name in recipe.columns}
+            parameters = {name: unit.column(name)[row] for name in recipe.columns}
             try:
                 masks.append(recipe.apply_mask(mask, parameters).to(torch.uint8))
             except ImageError:
@@ -131,9 +132,14 @@ class Split:
                 ) from None
         return torch.stack(masks)
 
-    def _places(self) -> list[tuple[str, int]]:
-        rows = zip(self.selection.tars, self.selection.rows_per_tar.tolist(), strict=True)
-        return [(tar, ordinal) for tar, count in rows for ordinal in range(count)]
+    def _places(self) -> list[tuple[str, int, int]]:
+        """Tar, row and ordinal of every image; the last two differ where images are skipped."""
+        places = []
+        for tar in self.selection.tars:
+            unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
+            ordinals = unit.column("image_index").tolist()
+            places += [(tar, row, ordinal) for row, ordinal in enumerate(ordinals)]
+        return places
 
     def _label(self, tar: str, ordinal: int) -> int:
         where, data = self._member(tar, ordinal, "cls", "knn and classification")
@@ -159,7 +165,7 @@ class Split:
 def extract_split(
     encoders: Sequence[str],
     data: Sequence[str],
-    cache: Path,
+    cache: Path | str,
     *,
     name: str,
     split: str,
@@ -175,7 +181,7 @@ def extract_split(
     recipe = f"center@{size}"
     digest = hashlib.sha256("\n".join(str(Path(d).absolute()) for d in data).encode()).hexdigest()
     folder = re.sub(r"\W+", "-", name) or f"data-{digest[:8]}"
-    root = cache / "eval" / f"{folder}-{split}-{recipe}"
+    root = below(cache, "eval", f"{folder}-{split}-{recipe}")
     extract(
         ExtractConfig(
             data=tuple(data),

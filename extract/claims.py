@@ -1,9 +1,9 @@
 """Who works on which tar, when many processes fill one cache and nobody coordinates them.
 
-A claim is a small file in `<cache>/.claims`, made exclusively and touched while its owner lives. A
-claim whose owner is dead (a process of this machine that is gone, or one anywhere that has not
-touched it for `LEASE` seconds by the file system's own clock) is taken over. Claims only save
-work: if two processes work on one tar all the same, the first manifest of each unit counts.
+A claim is a small file or object in `.claims/` of the cache, made exclusively and touched while its
+owner lives. A claim whose owner is dead (a process of this machine that is gone, or one anywhere
+that has not touched it for `LEASE` seconds by the store's own clock) is taken over. Claims only
+save work: if two processes work on one tar all the same, the first manifest of each unit counts.
 """
 
 import contextlib
@@ -17,23 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from extract.cache.errors import CacheError
+from extract.claim_store import ClaimStore
 
-FOLDER = ".claims"
 LEASE = 120.0
 
 
 class Claims:
     """Context manager: the claims of this process, kept alive by a thread, released at the end.
 
-    `purpose` tells apart runs that do different work on the same tars. Raises `CacheError` when
-    the cache cannot be written.
+    `purpose` tells apart runs that do different work on the same tars. Raises `UserError` when the
+    store cannot be written.
     """
 
-    def __init__(self, root: Path, purpose: str, lease: float = LEASE) -> None:
-        self.folder, self.lease = root / FOLDER, lease
+    def __init__(self, store: ClaimStore, purpose: str, lease: float = LEASE) -> None:
+        self.store, self.lease = store, lease
         self.purpose = hashlib.sha256(purpose.encode()).hexdigest()[:8]
-        self._held: set[Path] = set()
+        self._held: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -49,84 +48,57 @@ class Claims:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        for path in list(self._held):
-            self._drop(path)
-        for path in self._all():
-            if self._dead(path):
-                path.unlink(missing_ok=True)
-        # Whoever leaves last takes the folder along.
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        for name in list(self._held):
+            self._drop(name)
+        for name in self.store.names():
+            if self._dead(name):
+                self.store.remove(name)
+        self.store.close()
 
     def take(self, stem: str) -> bool:
         """Claim a tar; False when a living process has it."""
-        path = self._path(stem)
-        if self._create(path):
-            return True
-        if not self._dead(path):
-            return False
-        # Of several that find it dead, one moves it away.
-        aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}.dead")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, aside)
-            aside.unlink()
-        return self._create(path)
+        name = self._name(stem)
+        if not self._create(name):
+            if not self._dead(name):
+                return False
+            # Two that find it dead at once may both get through: then both do the work.
+            self.store.remove(name)
+            return self._create(name)
+        return True
 
     def release(self, stem: str) -> None:
         """Give a claim back."""
-        self._drop(self._path(stem))
+        self._drop(self._name(stem))
 
-    def _path(self, stem: str) -> Path:
-        return self.folder / f"{stem}.{self.purpose}"
+    def _name(self, stem: str) -> str:
+        return f"{stem}.{self.purpose}"
 
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("*")) if self.folder.exists() else []
+    def _create(self, name: str) -> bool:
+        # The last makes every claim unlike any other: a store tells by that whose it is.
+        owner = {"machine": machine(), "process": os.getpid(), "claim": uuid.uuid4().hex}
+        taken = self.store.create(name, json.dumps(owner).encode())
+        if taken:
+            self._held.add(name)
+        return taken
 
-    def _create(self, path: Path) -> bool:
-        try:
-            # Again and again: whoever leaves last removes the folder.
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileNotFoundError:
-            return self._create(path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise CacheError(f"cannot write a claim to {path}: {error.strerror}") from None
-        with os.fdopen(handle, "w") as file:
-            json.dump({"machine": machine(), "process": os.getpid()}, file)
-        self._held.add(path)
-        return True
+    def _drop(self, name: str) -> None:
+        self._held.discard(name)
+        self.store.remove(name)
 
-    def _drop(self, path: Path) -> None:
-        self._held.discard(path)
-        path.unlink(missing_ok=True)
-
-    def _dead(self, path: Path) -> bool:
+    def _dead(self, name: str) -> bool:
         """Whether the owner of a claim is gone; a claim that is just being written is alive."""
         try:
-            age = self._now() - path.stat().st_mtime
-            owner = _owner(path)
+            age, owner = self.store.age(name), _owner(self.store.read(name))
         except FileNotFoundError:
             return True
         if age > self.lease:
             return True
         return owner.get("machine") == machine() and not _runs(owner.get("process"))
 
-    def _now(self) -> float:
-        """The time by the clock that also dates the claims, whichever machine serves the files."""
-        probe = self.folder / f"{uuid.uuid4().hex}.probe"
-        try:
-            probe.touch()
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-
     def _beat(self) -> None:
         while not self._stop.wait(self.lease / 6):
-            for path in list(self._held):
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)
+            for name in list(self._held):
+                self.store.touch(name)
 
 
 def machine() -> str:
@@ -138,12 +110,12 @@ def machine() -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
-def _owner(path: Path) -> dict[str, Any]:
+def _owner(content: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        owner = json.loads(content)
     except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _runs(process: object) -> bool:

@@ -25,7 +25,7 @@ class ExtractConfig:
     """
 
     data: tuple[str, ...]
-    cache: Path
+    cache: Path | str
     teachers: tuple[str, ...]
     recipe: str = "unic@224"
     views: int = 4

@@ -256,4 +256,4 @@ def _convert_unit(
         codec=wanted.seal(),
         rescaled=rescaled,
     )
-    commit(target.layout, name, writer, converted, staging.folder)
+    commit(target.layout, name, writer, converted, staging.folder, target.mirror)

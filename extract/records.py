@@ -9,6 +9,7 @@ Each is made once: of several processes, the first one's counts and the others r
 """
 
 import glob
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 from extract.cache.codecs import calibrate, fidelity, to_float16
 from extract.cache.errors import CacheError
 from extract.cache.images import DECODER, TarIndex, index_tar, keys_digest, tar_sha256
+from extract.cache.mirror import Mirror
 from extract.cache.reader import Cache
 from extract.cache.schema import (
     CALIBRATION_ROWS,
@@ -40,30 +42,42 @@ from extract.config import ExtractConfig
 from extract.encoder import Encoder
 from extract.job import Job
 from extract.rendering import Rendering
+from extract.sources import TarFile
 from extract.units import padded, take
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")
 
 
-def open_or_create(config: ExtractConfig, staging: Staging) -> Cache:
+def open_or_create(config: ExtractConfig, mirror: Mirror | None, staging: Staging) -> Cache:
     """The cache, made if there is none; raises `CacheError` where that cannot be."""
-    layout = Layout(config.cache)
+    layout = Layout(staging.root)
     if not layout.cache.exists():
-        foreign = [path.name for path in config.cache.iterdir() if not path.name.startswith(".")]
-        if foreign and not layout.cache.exists():
-            raise CacheError(
-                f"{config.cache} is not empty and is no feature cache (it holds "
-                f"{', '.join(sorted(foreign)[:3])}…): choose a new or empty folder with --cache"
-            )
+        _check_empty(config, layout, mirror)
         record = CacheRecord(FORMAT_VERSION, config.seed, DECODER)
-        record.publish_first(layout.cache, staging.folder)
-    cache = Cache(config.cache)
+        if mirror is not None:
+            mirror.publish(layout.cache, record.content(), first=True)
+        else:
+            record.publish_first(layout.cache, staging.folder)
+    cache = Cache(mirror or staging.root)
     if cache.record.seed != config.seed:
         raise CacheError(
             f"{config.cache} was made with seed {cache.record.seed}, now --seed {config.seed} was "
             f"given: views of two seeds do not mix; use --seed {cache.record.seed} or another cache"
         )
     return cache
+
+
+def _check_empty(config: ExtractConfig, layout: Layout, mirror: Mirror | None) -> None:
+    if mirror is None:
+        foreign = [path.name for path in layout.root.iterdir() if not path.name.startswith(".")]
+    else:
+        foreign = list(itertools.islice(mirror.bucket.names(), 3))
+    # Another process may have made the cache a moment ago.
+    if foreign and not layout.cache.exists() and "cache.json" not in foreign:
+        raise CacheError(
+            f"{config.cache} is not empty and is no feature cache (it holds "
+            f"{', '.join(sorted(foreign)[:3])}…): choose a new or empty folder with --cache"
+        )
 
 
 def record_encoder(
@@ -79,7 +93,7 @@ def record_encoder(
             raise CacheError(_other_encoder(cache.root / folder, stored, record))
         # Out of sight in one step, then deleted with the staging folder.
         os.rename(cache.root / folder, staging.folder / f"replaced-{folder}")
-    record.publish_first(path, staging.folder)
+    cache.publish(record, path, staging.folder)
     stored = EncoderRecord.read(path)
     if stored.identity() != record.identity():
         raise CacheError(_other_encoder(cache.root / folder, stored, record))
@@ -145,7 +159,7 @@ def planned_codec(config: ExtractConfig, encoder: EncoderRecord) -> CodecRecord:
 
 
 def record_codec(
-    job: Job, name: str, encoder: Encoder, config: ExtractConfig, first: Path, staging: Staging
+    job: Job, name: str, encoder: Encoder, config: ExtractConfig, first: TarFile, staging: Staging
 ) -> CodecRecord:
     """Write `codec.json`, calibrated on the first rows of the first tar, or compare with it.
 
@@ -156,8 +170,9 @@ def record_codec(
     wanted = planned_codec(config, cache.encoder(name))
     if not path.exists():
         if wanted.codec != FP16:
-            wanted = _calibrated(job, encoder, wanted, index_tar(first))
-        wanted.publish_first(path, staging.folder)
+            with first.local(staging.folder) as path:
+                wanted = _calibrated(job, encoder, wanted, index_tar(path))
+        cache.publish(wanted, path, staging.folder)
     stored = cache.codec(name, label)
     wrong = _differences(stored, wanted, config)
     if wrong and not any(path.parent.glob("*/*.json")):
@@ -242,41 +257,48 @@ def _first_patches(
         yield to_float16(tokens, lambda i: f"patches of row {i} of the calibration")
 
 
-def tar_record(cache: Cache, index: TarIndex) -> TarRecord:
-    """The record of a tar: the stored one, or what a new one would be."""
-    target = cache.layout.tar(index.stem)
-    if target.exists() and has_units(cache, index.stem):
-        return cache.tar(index.stem)
+def tar_record(cache: Cache, index: TarIndex, location: str = "") -> TarRecord:
+    """The record of a tar: the stored one, or what a new one would be.
+
+    Raises `CacheError` when the file is not the tar that units of the cache rely on.
+    """
+    sha256 = tar_sha256(index.path)
+    if cache.layout.tar(index.stem).exists() and has_units(cache, index.stem):
+        stored = cache.tar(index.stem)
+        if sha256 != stored.sha256:
+            raise CacheError(_other_tar(index.path, stored, cache))
+        return stored
     return TarRecord(
         stem=index.stem,
-        locations=[os.path.relpath(index.path, cache.root)],
+        locations=[location],
         bytes=index.size,
-        sha256=tar_sha256(index.path),
+        sha256=sha256,
         rows=len(index.samples),
         keys_digest=keys_digest([sample.key for sample in index.samples]),
     )
 
 
-def check_tar(job: Job, path: Path) -> bool:
+def check_tar(job: Job, tar: TarFile) -> bool:
     """Whether the cache knows this tar already and units rely on what it knows.
 
-    Raises `CacheError` when it is another tar than the one that the cache knows by its name.
+    Raises `CacheError` when it has another length than the tar that the cache knows by its name.
     """
-    cache, stem = job.cache, path.name.removesuffix(".tar")
-    target = cache.layout.tar(stem)
+    cache = job.cache
     # Without a unit nothing relies on the record: a tar that stopped a run may have been mended.
-    if not target.exists() or not has_units(cache, stem):
+    if not cache.layout.tar(tar.stem).exists() or not has_units(cache, tar.stem):
         return False
-    stored = cache.tar(stem)
-    complete = not any(job.missing(stem).values())
-    same = path.stat().st_size == stored.bytes
-    if not same or (not complete and tar_sha256(path) != stored.sha256):
-        raise CacheError(
-            f"{path} is not the tar that {target} describes ({stored.bytes} bytes, sha256 "
-            f"{stored.sha256[:12]}…): tars of one cache need different names, and a changed "
-            "tar needs a new cache"
-        )
+    stored = cache.tar(tar.stem)
+    if tar.size() not in (stored.bytes, None):
+        raise CacheError(_other_tar(tar.location, stored, cache))
     return True
+
+
+def _other_tar(found: str | Path, stored: TarRecord, cache: Cache) -> str:
+    return (
+        f"{found} is not the tar that {cache.layout.tar(stored.stem)} describes ({stored.bytes} "
+        f"bytes, sha256 {stored.sha256[:12]}…): tars of one cache need different names, and a "
+        "changed tar needs a new cache"
+    )
 
 
 def has_units(cache: Cache, stem: str) -> bool:

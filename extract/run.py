@@ -18,18 +18,20 @@ from pathlib import Path
 from console.device import torch_device
 from console.progress import ProgressBar
 from extract.cache.errors import CacheError, ImageError, UserError
-from extract.cache.images import expand, index_tar, is_image_folder, keys_digest
-from extract.cache.reader import Cache
+from extract.cache.images import TarIndex, index_tar, keys_digest
+from extract.cache.mirror import Mirror
+from extract.cache.remote import is_url
 from extract.cache.schema import TarRecord, check_name
 from extract.cache.staging import Staging
 from extract.cache.views import parse_recipe
+from extract.claim_store import ClaimFiles, ClaimObjects, ClaimStore
 from extract.claims import Claims
 from extract.config import ExtractConfig
 from extract.encoder import Encoder
 from extract.job import Job, Teacher
-from extract.packing import pack_image_folder
 from extract.records import check_tar, open_or_create, record_codec, record_encoder, tar_record
 from extract.rendering import Rendering
+from extract.sources import TarFile, find_tars
 from extract.teachers import encoder_folder, load_encoder
 from extract.units import TarExtraction
 
@@ -59,8 +61,11 @@ def extract(
     """
     recipe = parse_recipe(config.recipe)
     names = _by_folder(config.teachers)
-    with Staging(config.cache) as staging:
-        cache = open_or_create(config, staging)
+    mirror = Mirror(str(config.cache)) if is_url(config.cache) else None
+    if mirror is not None:
+        mirror.refresh()
+    with Staging(mirror.folder if mirror else Path(config.cache)) as staging:
+        cache = open_or_create(config, mirror, staging)
         tars = find_tars(config.data, cache, config.seed)
         loaded = {
             folder: (encoders or {}).get(name)
@@ -82,7 +87,7 @@ def extract(
             teachers[name] = Teacher(record, stored, encoder)
         job = replace(job, teachers=teachers)
         computed = _Extraction(job, config, tars, staging).run()
-        records = [cache.tar(path.name.removesuffix(".tar")) for path in tars]
+        records = [cache.tar(tar.stem) for tar in tars]
     images, skipped = sum(r.rows for r in records), sum(len(r.skipped) for r in records)
     return [
         Extracted(
@@ -111,37 +116,27 @@ def _by_folder(teachers: tuple[str, ...]) -> dict[str, str]:
     return encoders
 
 
-def find_tars(data: tuple[str, ...], cache: Cache, seed: int) -> list[Path]:
-    """The image tars that `data` names; an ImageFolder is packed into `<cache>/images` first.
-
-    Raises `UserError` when nothing is there.
-    """
-    if len(data) == 1 and is_image_folder(Path(data[0])):
-        return pack_image_folder(Path(data[0]), cache.root / "images", seed)
-    return expand(list(data))
-
-
 class _Extraction:
     """The tars of one run: one's own share first, then what others have left."""
 
-    def __init__(self, job: Job, config: ExtractConfig, tars: list[Path], staging: Staging) -> None:
+    def __init__(
+        self, job: Job, config: ExtractConfig, tars: list[TarFile], staging: Staging
+    ) -> None:
         self.job, self.config, self.staging = job, config, staging
         mine, count = config.shard_index, config.num_shards
         self.queue = tars[mine::count]
         for distance in range(1, count):
             self.queue += tars[(mine + distance) % count :: count]
-        self.share = set(tars[mine::count])
-        self.rows = {path: self._rows(path) for path in tars}
+        self.rows = {tar: self._rows(tar) for tar in tars}
         self.computed = dict.fromkeys(job.teachers, 0)
-        self.failed: dict[Path, UserError] = {}
+        self.failed: dict[TarFile, UserError] = {}
 
-    def _rows(self, path: Path) -> int:
-        """Rows of a tar as far as can be told now; 0 for one that cannot be read."""
-        stem = path.name.removesuffix(".tar")
-        if self.job.cache.layout.tar(stem).exists():
-            return self.job.cache.tar(stem).rows
+    def _rows(self, tar: TarFile) -> int:
+        """Rows of a tar as far as can be told now; 0 for one that is remote or cannot be read."""
+        if self.job.cache.layout.tar(tar.stem).exists():
+            return self.job.cache.tar(tar.stem).rows
         try:
-            return len(index_tar(path))
+            return 0 if tar.remote else len(index_tar(tar.location))
         except ImageError:
             return 0
 
@@ -150,48 +145,55 @@ class _Extraction:
         label = self.job.recipe.label
         purpose = f"{label} {sorted(self.job.teachers)}"
         total = sum(self.rows.values()) * self.job.views * len(self.job.teachers)
-        left = sum(self._missing(path) for path in self.rows)
+        left = sum(self._missing(tar) for tar in self.rows)
         with (
-            Claims(self.job.cache.root, purpose) as claims,
+            Claims(self._claim_store(), purpose) as claims,
             ProgressBar("extract", total, "views", start=total - left) as progress,
         ):
             waiting = self.queue
-            while waiting := [path for path in waiting if not self._done(path, claims, progress)]:
+            while waiting := [tar for tar in waiting if not self._done(tar, claims, progress)]:
                 progress.advance(0, f"{len(waiting)} tars are with other processes")
                 time.sleep(WAIT_SECONDS)
         if self.failed:
             raise self._failure()
         return self.computed
 
-    def _missing(self, path: Path) -> int:
-        missing = self.job.missing(path.name.removesuffix(".tar"))
-        return self.rows[path] * sum(len(missing[name]) for name in self.job.teachers)
+    def _claim_store(self) -> ClaimStore:
+        cache = self.job.cache
+        return ClaimFiles(cache.root) if cache.mirror is None else ClaimObjects(cache.mirror.bucket)
 
-    def _done(self, path: Path, claims: Claims, progress: ProgressBar) -> bool:
+    def _missing(self, tar: TarFile) -> int:
+        missing = self.job.missing(tar.stem)
+        return self.rows[tar] * sum(len(missing[name]) for name in self.job.teachers)
+
+    def _done(self, tar: TarFile, claims: Claims, progress: ProgressBar) -> bool:
         """Extract a tar unless it is complete, or another process has it (False)."""
-        stem = path.name.removesuffix(".tar")
         try:
-            known = check_tar(self.job, path)
-            if not any(self.job.missing(stem).values()):
+            known = check_tar(self.job, tar)
+            if not any(self.job.missing(tar.stem).values()):
                 return True
-            if not claims.take(stem):
+            if not claims.take(tar.stem):
                 return False
             try:
-                self._extract(path, progress, known)
+                with tar.local(self.staging.folder) as path:
+                    self._extract(tar, index_tar(path), progress, known)
             finally:
-                claims.release(stem)
+                claims.release(tar.stem)
         except ImageError as error:
             # One bad tar costs that tar; the others are made, and the run fails at its end.
-            self.failed[path] = error
-            print(f"{path.name} was left out: {error}", file=sys.stderr, flush=True)
+            self.failed[tar] = error
+            print(f"{tar.name} was left out: {error}", file=sys.stderr, flush=True)
         return True
 
-    def _extract(self, path: Path, progress: ProgressBar, known: bool) -> None:
-        index = index_tar(path)
-        record = tar_record(self.job.cache, index)
+    def _extract(self, tar: TarFile, index: TarIndex, progress: ProgressBar, known: bool) -> None:
+        cache = self.job.cache
+        record = tar_record(cache, index, tar.seen_from(cache))
         missing = self.job.missing(record.stem)
+        more = record.rows - self.rows[tar]
+        progress.expect(more * self.job.views * len(self.job.teachers))
+        self.rows[tar] = record.rows
         if not known:
-            record.write(self.job.cache.layout.tar(record.stem), self.staging.folder)
+            self._write(record)
         try:
             while not TarExtraction(self.job, index, record, self.staging).run(progress):
                 pass
@@ -215,14 +217,18 @@ class _Extraction:
         ]
         record = replace(record, rows=len(kept), keys_digest=keys_digest(kept), skipped=[*skipped])
         self._check_limit(record)
-        record.write(self.job.cache.layout.tar(record.stem), self.staging.folder)
+        self._write(record)
         for _, key, reason in skipped:
             print(f"skipped {key}: {reason}", file=sys.stderr, flush=True)
         return record
 
+    def _write(self, record: TarRecord) -> None:
+        cache = self.job.cache
+        cache.publish(record, cache.layout.tar(record.stem), self.staging.folder, first=False)
+
     def _check_limit(self, record: TarRecord) -> None:
         layout, total = self.job.cache.layout, sum(self.rows.values())
-        stems = {path.name.removesuffix(".tar") for path in self.rows} - {record.stem}
+        stems = {tar.stem for tar in self.rows} - {record.stem}
         others = [self.job.cache.tar(stem) for stem in sorted(stems) if layout.tar(stem).exists()]
         skipped = len(record.skipped) + sum(len(other.skipped) for other in others)
         if skipped > self.config.max_bad * total or not record.rows:
@@ -237,7 +243,7 @@ class _Extraction:
     def _failure(self) -> UserError:
         if len(self.failed) == 1:
             return next(iter(self.failed.values()))
-        reasons = "\n".join(f"  {path.name}: {error}" for path, error in self.failed.items())
+        reasons = "\n".join(f"  {tar.name}: {error}" for tar, error in self.failed.items())
         return ImageError(
             f"{len(self.failed)} of {len(self.rows)} tars could not be extracted, all others are "
             f"in the cache:\n{reasons}"

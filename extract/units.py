@@ -178,7 +178,8 @@ class TarExtraction:
             statistics={name: moments.to_json() for name, moments in statistics.items()},
             **origin,
         )
-        commit(self.job.cache.layout, owner, writer, record, self.staging.folder)
+        cache = self.job.cache
+        commit(cache.layout, owner, writer, record, self.staging.folder, cache.mirror)
         return record
 
 

@@ -202,7 +202,8 @@ class CachedViews(Dataset[Batch]):
 
     def _render(self, unit: Unit, group: Group, row: int) -> Tensor:
         """The view of one row, made again from its image and its stored parameters."""
-        image = self.tars.image(group.tar, int(unit.column("image_index")[row]), unit.keys[row])
+        ordinal, checksum = (int(unit.column(n)[row]) for n in ("image_index", "image_crc32c"))
+        image = self.tars.image(group.tar, ordinal, unit.keys[row], checksum)
         return self.recipe.apply(image, {n: unit.column(n)[row] for n in self.recipe.columns})
 
     def check_pixels(self, count: int = 64, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ and checking release the interpreter's lock, so that threads read side by side.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from extract.cache.errors import CacheError
 
 CRC_BYTES = 4
+FETCHES = 5
 MISSING = np.uint64(2**64 - 1)
 CHAINS = {("bytes", "crc32c"): False, ("bytes", "zstd", "crc32c"): True}
 Buffer = NDArray[np.uint8]
@@ -33,12 +35,13 @@ Buffer = NDArray[np.uint8]
 class DirectArray:
     """One Zarr array `[N, *row_shape]` cut along its first axis only.
 
-    Holds no open files; it can be pickled and used from threads and forked workers.
-    Raises `CacheError` when the array is not of the kind that the cache's writer makes.
+    Holds no open files; it can be pickled and used from threads and forked workers. `fetch` is
+    asked for a shard's file that is not there (of a cache in a bucket). Raises `CacheError` when
+    the array is not of the kind that the cache's writer makes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fetch: Callable[[Path], None] | None = None) -> None:
+        self.path, self._fetch = path, fetch
         meta = _metadata(path)
         self.shape = tuple(meta["shape"])
         self.dtype = np.dtype(meta["data_type"])
@@ -136,7 +139,9 @@ class DirectArray:
     def _unpack(self, shard: int, offset: int, length: int | None, target: Buffer) -> bool:
         """Read and decompress into `target`; False for damage."""
         if length is None:
-            length = os.stat(self._name(shard)).st_size
+            handle = self._open(self._name(shard))
+            length = os.fstat(handle).st_size
+            os.close(handle)
         packed = np.empty(max(length - CRC_BYTES, 0), np.uint8)
         if not self._checked(shard, offset, packed):
             return False
@@ -153,10 +158,7 @@ class DirectArray:
         so that a cache of 20,000 shards needs no more file handles than there are threads.
         """
         stored = bytearray(CRC_BYTES)
-        try:
-            handle = os.open(self._name(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            raise CacheError(f"{self._name(shard)} is missing: {REMEDY}") from None
+        handle = self._open(self._name(shard))
         try:
             start = offset if offset >= 0 else max(os.fstat(handle).st_size + offset, 0)
             got = os.preadv(handle, [target.data, stored], start)
@@ -168,6 +170,17 @@ class DirectArray:
             os.close(handle)
         whole = got == len(target) + CRC_BYTES
         return whole and crc32c(target.data) == int.from_bytes(stored, "little")
+
+    def _open(self, path: Path) -> int:
+        for _ in range(FETCHES):
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                if self._fetch is None:
+                    break
+            # Another thread that needs room may remove it again before it is opened.
+            self._fetch(path)
+        raise CacheError(f"{path} is missing: {REMEDY}")
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Shard index `[inner chunks, 2]`: offset and length, `MISSING` for absent chunks."""

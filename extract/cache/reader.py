@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from extract.cache.direct import REMEDY, DirectArray
 from extract.cache.errors import CacheError
+from extract.cache.mirror import Mirror
+from extract.cache.remote import is_url
 from extract.cache.schema import (
     CODECS,
     FORMAT_VERSION,
@@ -24,6 +26,7 @@ from extract.cache.schema import (
     CodecRecord,
     EncoderRecord,
     Layout,
+    Record,
     TarRecord,
     UnitRecord,
     subset_owner,
@@ -35,14 +38,21 @@ class Unit:
     """One published unit: its manifest, and its arrays by name, opened lazily.
 
     Raises `CacheError` on opening when a file is missing, has another size than the manifest
-    says, or when a `zarr.json` changed (a flipped bit there would change data silently).
+    says, or when a `zarr.json` changed (a flipped bit there would change data silently). With a
+    `mirror`, files that are not here are fetched when they are wanted.
     """
 
-    def __init__(self, manifest: Path) -> None:
+    def __init__(self, manifest: Path, mirror: Mirror | None = None) -> None:
         self.record = UnitRecord.read(manifest)
         self.folder = manifest.parent / self.record.group
+        self.mirror = mirror
         for name, (size, checksum) in self.record.objects.items():
-            self._check(self.folder / name, size, checksum)
+            path = self.folder / name
+            if mirror is not None and not path.exists():
+                if path.name != "zarr.json":
+                    continue
+                self._fetch(path)
+            self._check(path, size, checksum)
         self._arrays: dict[str, DirectArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
 
@@ -55,6 +65,11 @@ class Unit:
         if path.name == "zarr.json" and sha256(path.read_bytes()).hexdigest() != checksum:
             raise CacheError(f"{path} was changed since its manifest was written: {REMEDY}")
 
+    def _fetch(self, path: Path) -> None:
+        assert self.mirror is not None
+        size, checksum = self.record.objects[path.relative_to(self.folder).as_posix()]
+        self.mirror.fetch(path, size, checksum)
+
     def array(self, name: str) -> DirectArray:
         """The stored array; raises `CacheError` when the unit has none of that name."""
         if name not in self._arrays:
@@ -62,7 +77,8 @@ class Unit:
                 raise CacheError(
                     f"{self.folder} has no array {name!r}; it has {sorted(self.record.arrays)}"
                 )
-            self._arrays[name] = DirectArray(self.folder / name)
+            fetch = None if self.mirror is None else self._fetch
+            self._arrays[name] = DirectArray(self.folder / name, fetch)
         return self._arrays[name]
 
     def column(self, name: str) -> NDArray[Any]:
@@ -88,13 +104,18 @@ class Unit:
 
 
 class Cache:
-    """A feature cache on disk, read-only.
+    """A feature cache in a folder or at a URL, read-only.
 
-    Raises `CacheError` when `root` is no cache or is of another format version.
+    Raises `CacheError` when `root` is no cache or is of another format version, `RemoteError` when
+    a bucket cannot be read.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.layout = Layout(Path(root))
+    def __init__(self, root: Path | str | Mirror) -> None:
+        if is_url(str(root)):
+            root = Mirror(str(root))
+            root.refresh()
+        self.mirror = root if isinstance(root, Mirror) else None
+        self.layout = Layout(root.folder if isinstance(root, Mirror) else Path(root))
         if not self.layout.cache.exists():
             raise CacheError(
                 f"{root} is not a feature cache (there is no cache.json in it); "
@@ -110,8 +131,25 @@ class Cache:
 
     @property
     def root(self) -> Path:
-        """The cache's folder."""
+        """The cache's folder, or the folder that mirrors it."""
         return self.layout.root
+
+    @property
+    def location(self) -> str:
+        """What to call the cache: its folder or its URL."""
+        return str(self.root) if self.mirror is None else self.mirror.url
+
+    def publish(self, record: Record, path: Path, aside: Path, *, first: bool = True) -> bool:
+        """Write one of the cache's JSON files, whole or not at all; whether it is there now.
+
+        With `first`, what is there already stays. `aside` is a folder of this process's own.
+        """
+        if self.mirror is not None:
+            return self.mirror.publish(path, record.content(), first=first)
+        if first:
+            return record.publish_first(path, aside)
+        record.write(path, aside)
+        return True
 
     def encoders(self) -> list[str]:
         """Names of all encoders with features in the cache, sorted."""
@@ -171,7 +209,7 @@ class Cache:
 
     def unit(self, owner: str, recipe: str, view: int, tar: str) -> Unit:
         """Open a unit; raises `CacheError` when it has no manifest or is damaged."""
-        return Unit(self.layout.manifest(owner, recipe, view, tar))
+        return Unit(self.layout.manifest(owner, recipe, view, tar), self.mirror)
 
     def tar(self, stem: str) -> TarRecord:
         """The record of one image tar."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from extract.cache.errors import CacheError
-from extract.cache.sealed import SEAL, content_sha256, publish, read_sealed
+from extract.cache.sealed import SEAL, content_sha256, publish, read_sealed, sealed_bytes
 
 FORMAT_VERSION = 0
 CHUNK_BYTES = 256 * 1024
@@ -175,6 +175,10 @@ class Record:
     def publish_first(self, path: Path, aside: Path) -> bool:
         """As `write`, but only where there is nothing yet; returns whether this was the first."""
         return publish(path, asdict(self), aside, replace=False)
+
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        return sealed_bytes(asdict(self))
 
     def seal(self) -> str:
         """The `content_sha256` under which the record is stored."""

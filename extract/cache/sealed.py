@@ -39,13 +39,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
+        whole = isinstance(content, dict) and content.get(SEAL) == content_sha256(content)
     except FileNotFoundError:
         raise CacheError(
             f"{path} is missing: this is not a feature cache, or a damaged one"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{path} cannot be read as JSON ({error}); it is damaged") from None
-    if not isinstance(content, dict) or content.get(SEAL) != content_sha256(content):
+    if not whole:
         raise CacheError(
             f"{path} does not match its own {SEAL}: it was changed or damaged after it was "
             "written; restore it, or delete it and extract again"

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from extract.cache.errors import CacheError
+from extract.cache.mirror import Mirror
 from extract.cache.schema import ArraySpec, Layout, UnitRecord, jpeg_specs
 from extract.cache.sealed import content_sha256, sync_folder, sync_tree
 
@@ -159,23 +160,42 @@ def group_name(stem: str, objects: dict[str, list[Any]]) -> str:
     return f"{stem}-{content_sha256(objects)[:12]}.zarr"
 
 
-def commit(layout: Layout, owner: str, writer: UnitWriter, record: UnitRecord, aside: Path) -> bool:
+def commit(
+    layout: Layout,
+    owner: str,
+    writer: UnitWriter,
+    record: UnitRecord,
+    aside: Path,
+    mirror: Mirror | None = None,
+) -> bool:
     """Move a finished group into place and publish its manifest; the first writer of a unit wins.
 
     `record.objects` must be what `writer.finish()` returned, `record.group` what `group_name` makes
-    of it. Returns whether this writer was the first.
+    of it. With a `mirror`, both go to its bucket. Returns whether this writer was the first.
     """
     manifest = layout.manifest(owner, record.recipe, record.view, record.tar)
     if manifest.exists():
         return False
     target = layout.group(manifest, record.group)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _place(writer.folder, target, record.objects, aside)
-    first = record.publish_first(manifest, aside)
-    for other in target.parent.glob(f"{glob.escape(record.tar)}-{'[0-9a-f]' * 12}.zarr"):
-        if other.name != UnitRecord.read(manifest).group:
-            _discard(other, aside)
+    if mirror is not None:
+        mirror.publish_group(writer.folder, target, record.objects)
+        first = mirror.publish(manifest, record.content(), first=True)
+    else:
+        _place(writer.folder, target, record.objects, aside)
+        first = record.publish_first(manifest, aside)
+    _remove_others(manifest, aside, mirror)
     return first
+
+
+def _remove_others(manifest: Path, aside: Path, mirror: Mirror | None) -> None:
+    """Groups that the manifest does not name: of killed runs, or of a writer that came second."""
+    record = UnitRecord.read(manifest)
+    for other in manifest.parent.glob(f"{glob.escape(record.tar)}-{'[0-9a-f]' * 12}.zarr"):
+        if other.name != record.group:
+            _discard(other, aside)
+    if mirror is not None:
+        mirror.bucket.delete(mirror.other_groups(manifest, record.group))
 
 
 def _place(folder: Path, target: Path, objects: dict[str, list[Any]], aside: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from conftest import SIZE, write_encoder, write_tar
 
 from extract.cache.errors import UserError
-from extract.claims import FOLDER, Claims, machine
+from extract.claim_store import FOLDER, ClaimFiles
+from extract.claims import Claims, machine
 from extract.workers import worker
 
 LABEL = f"unic@{SIZE}"
@@ -109,12 +110,12 @@ def test_a_terminated_worker_leaves_nothing_half_done(work: dict[str, Any]) -> N
 
 
 def test_a_claim_is_exclusive_until_released_or_its_owner_is_gone(tmp_path: Path) -> None:
-    with Claims(tmp_path, "a") as mine, Claims(tmp_path, "a") as other:
+    with Claims(ClaimFiles(tmp_path), "a") as mine, Claims(ClaimFiles(tmp_path), "a") as other:
         assert mine.take("000000") and not other.take("000000")
         mine.release("000000")
         assert other.take("000000")
     assert not (tmp_path / FOLDER).exists()
-    with Claims(tmp_path, "a") as mine, Claims(tmp_path, "b") as different:
+    with Claims(ClaimFiles(tmp_path), "a") as mine, Claims(ClaimFiles(tmp_path), "b") as different:
         assert mine.take("000000") and different.take("000000")
 
 
@@ -125,23 +126,23 @@ def test_a_dead_owner_s_claim_is_taken(tmp_path: Path, here: bool, age: float, t
     """On this machine at once; elsewhere only when it has not been touched for the lease."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    with Claims(tmp_path, "a", lease=100) as owner:
+    with Claims(ClaimFiles(tmp_path), "a", lease=100) as owner:
         assert owner.take("000000")
         (path,) = (tmp_path / FOLDER).glob("000000.*")
         content = {"machine": machine() if here else "elsewhere", "process": ended.pid}
         path.write_text(json.dumps(content))
         os.utime(path, (time.time() - age,) * 2)
-        with Claims(tmp_path, "a", lease=100) as other:
+        with Claims(ClaimFiles(tmp_path), "a", lease=100) as other:
             assert other.take("000000") == taken
 
 
 def test_a_living_claim_is_kept_fresh(tmp_path: Path) -> None:
-    with Claims(tmp_path, "a", lease=0.3) as mine:
+    with Claims(ClaimFiles(tmp_path), "a", lease=0.3) as mine:
         assert mine.take("000000")
         (path,) = (tmp_path / FOLDER).glob("000000.*")
         path.write_text(json.dumps({"machine": "elsewhere", "process": 1}))
         time.sleep(0.8)
-        with Claims(tmp_path, "a", lease=0.3) as other:
+        with Claims(ClaimFiles(tmp_path), "a", lease=0.3) as other:
             assert not other.take("000000")
 
 
