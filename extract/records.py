@@ -168,18 +168,16 @@ def record_codec(
     cache, label = job.cache, job.recipe.label
     path = cache.layout.codec(name, label)
     wanted = planned_codec(config, cache.encoder(name))
-    if not path.exists():
+    wrong = _differences(cache.codec(name, label), wanted, config) if path.exists() else []
+    # What a run that stopped before its first unit meant to do binds nobody.
+    idle = not any(path.parent.glob("*/*.json"))
+    if not path.exists() or (wrong and idle):
         if wanted.codec != FP16:
-            with first.local(staging.folder) as path:
-                wanted = _calibrated(job, encoder, wanted, index_tar(path))
-        cache.publish(wanted, path, staging.folder)
+            with first.local(staging.folder) as tar:
+                wanted = _calibrated(job, encoder, wanted, index_tar(tar))
+        cache.publish(wanted, path, staging.folder, first=not wrong)
     stored = cache.codec(name, label)
-    wrong = _differences(stored, wanted, config)
-    if wrong and not any(path.parent.glob("*/*.json")):
-        # A run that stopped before its first unit: nothing relies on what it meant to do.
-        path.unlink()
-        return record_codec(job, name, encoder, config, first, staging)
-    _refuse(path, stored, wrong)
+    _refuse(path, stored, _differences(stored, wanted, config))
     _check_subset(cache, name, label)
     return stored
 

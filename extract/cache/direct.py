@@ -12,7 +12,6 @@ and checking release the interpreter's lock, so that threads read side by side.
 """
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from extract.cache.errors import CacheError
 
 CRC_BYTES = 4
 FETCHES = 5
-MISSING = np.uint64(2**64 - 1)
+MISSING = 2**64 - 1
 CHAINS = {("bytes", "crc32c"): False, ("bytes", "zstd", "crc32c"): True}
 Buffer = NDArray[np.uint8]
 
@@ -60,8 +59,7 @@ class DirectArray:
                 "unic-extract"
             )
         self.compressed = CHAINS[names]
-        self._row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
-        self._indices: dict[int, NDArray[np.uint64]] = {}
+        self._indices: dict[int, list[tuple[int, int]]] = {}
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -80,9 +78,10 @@ class DirectArray:
         """Rows `start` to `stop - 1`, for arrays whose elements are too many to be named singly."""
         first, last = start // self.chunk_rows, -(-stop // self.chunk_rows)
         buffer = np.empty(((last - first) * self.chunk_rows, *self.row_shape), dtype=self.dtype)
-        for number, chunk in enumerate(range(first, last)):
-            place = slice(number * self.chunk_rows, (number + 1) * self.chunk_rows)
-            self._read_chunk(chunk, buffer[place])
+        with _Files(self) as files:
+            for number, chunk in enumerate(range(first, last)):
+                place = slice(number * self.chunk_rows, (number + 1) * self.chunk_rows)
+                self._read_chunk(files, chunk, _bytes(buffer[place]))
         return buffer[start - first * self.chunk_rows : stop - first * self.chunk_rows]
 
     def read_into(
@@ -96,80 +95,69 @@ class DirectArray:
             raise CacheError(f"{self.path} has {len(self)} rows; rows {rows} were asked for")
         if places is None:
             places = np.arange(len(rows))
+        fits = out.flags.c_contiguous and out.dtype == self.dtype
+        with _Files(self) as files:
+            if self.chunk_rows == 1 and fits:
+                flat = out.reshape(len(out), -1).view(np.uint8)
+                for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                    self._read_chunk(files, row, flat[place])
+            else:
+                self._read_chunks(files, rows, out, places, fits)
+
+    def _read_chunks(
+        self,
+        files: "_Files",
+        rows: NDArray[np.int64],
+        out: NDArray[Any],
+        places: NDArray[np.int64],
+        fits: bool,
+    ) -> None:
+        """Chunks of several rows: into `out` where one is wanted as it lies, else by a buffer."""
         order = np.argsort(rows, kind="stable")
-        chunk_n = rows[order] // self.chunk_rows
-        chunks, starts = np.unique(chunk_n, return_index=True)
-        buffer: NDArray[Any] | None = None
+        chunks, starts = np.unique(rows[order] // self.chunk_rows, return_index=True)
+        buffer = np.empty((self.chunk_rows, *self.row_shape), dtype=self.dtype)
         for chunk, chosen in zip(chunks.tolist(), np.split(order, starts[1:]), strict=True):
-            target = self._whole(rows[chosen], places[chosen], out)
-            if target is not None:
-                self._read_chunk(chunk, target)
+            if fits and self._is_whole(rows[chosen], places[chosen]):
+                start = int(places[chosen[0]])
+                self._read_chunk(files, chunk, _bytes(out[start : start + self.chunk_rows]))
                 continue
-            if buffer is None:
-                buffer = np.empty((self.chunk_rows, *self.row_shape), dtype=self.dtype)
-            self._read_chunk(chunk, buffer)
+            self._read_chunk(files, chunk, _bytes(buffer))
             out[places[chosen]] = buffer[rows[chosen] % self.chunk_rows]
 
-    def _whole(
-        self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[Any]
-    ) -> NDArray[Any] | None:
-        """The part of `out` that is one whole chunk in order, if these rows are one."""
-        count = self.chunk_rows
-        if len(rows) != count or not out.flags.c_contiguous or out.dtype != self.dtype:
-            return None
-        if count > 1 and not (np.all(np.diff(rows) == 1) and np.all(np.diff(places) == 1)):
-            return None
-        return out[int(places[0]) : int(places[0]) + count]
+    def _is_whole(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> bool:
+        """Whether these rows are one whole chunk, wanted in order and side by side."""
+        in_order = np.all(np.diff(rows) == 1) and np.all(np.diff(places) == 1)
+        return len(rows) == self.chunk_rows and bool(in_order)
 
-    def _read_chunk(self, chunk: int, target: NDArray[Any]) -> None:
-        """Inner chunk number `chunk` of the array into `target [chunk_rows, *row_shape]`."""
+    def _read_chunk(self, files: "_Files", chunk: int, target: Buffer) -> None:
+        """Inner chunk number `chunk` of the array, its bytes into `target`."""
         shard, within = divmod(chunk, self.file_rows // self.chunk_rows)
-        size = self.chunk_rows * self._row_bytes
-        offset, length = self._index(shard)[within].tolist() if self.sharded else (0, None)
+        offset, length = self._index(files, shard)[within] if self.sharded else (0, None)
         if offset == MISSING:
             raise CacheError(f"{self._name(shard)} lacks chunk {within}: {REMEDY}")
-        flat = target.reshape(-1).view(np.uint8)
         if self.compressed:
-            whole = self._unpack(shard, offset, length, flat)
+            whole = self._unpack(files, shard, offset, length, target)
         else:
-            whole = length in (None, size + CRC_BYTES) and self._checked(shard, offset, flat)
+            right = length is None or length == len(target) + CRC_BYTES
+            whole = right and _checked(files.open(shard), offset, target)
         if not whole:
             raise CacheError(f"{self._name(shard)}: chunk {within} is damaged: {REMEDY}")
 
-    def _unpack(self, shard: int, offset: int, length: int | None, target: Buffer) -> bool:
+    def _unpack(
+        self, files: "_Files", shard: int, offset: int, length: int | None, target: Buffer
+    ) -> bool:
         """Read and decompress into `target`; False for damage."""
+        handle = files.open(shard)
         if length is None:
-            handle = self._open(self._name(shard))
             length = os.fstat(handle).st_size
-            os.close(handle)
         packed = np.empty(max(length - CRC_BYTES, 0), np.uint8)
-        if not self._checked(shard, offset, packed):
+        if not _checked(handle, offset, packed):
             return False
         try:
             Zstd().decode(packed, out=target)
         except (RuntimeError, ValueError):
             return False
         return True
-
-    def _checked(self, shard: int, offset: int, target: Buffer) -> bool:
-        """Fill `target` and compare the crc32c behind it; False when either is not as written.
-
-        An `offset` from the end is negative. The file is opened for each read (some microseconds),
-        so that a cache of 20,000 shards needs no more file handles than there are threads.
-        """
-        stored = bytearray(CRC_BYTES)
-        handle = self._open(self._name(shard))
-        try:
-            start = offset if offset >= 0 else max(os.fstat(handle).st_size + offset, 0)
-            got = os.preadv(handle, [target.data, stored], start)
-            # The kernel hands over 2 GiB at most, and less when it is interrupted.
-            while 0 < got < len(target):
-                more = os.preadv(handle, [target.data[got:], stored], start + got)
-                got = got + more if more else 0
-        finally:
-            os.close(handle)
-        whole = got == len(target) + CRC_BYTES
-        return whole and crc32c(target.data) == int.from_bytes(stored, "little")
 
     def _open(self, path: Path) -> int:
         for _ in range(FETCHES):
@@ -182,17 +170,61 @@ class DirectArray:
             self._fetch(path)
         raise CacheError(f"{path} is missing: {REMEDY}")
 
-    def _index(self, shard: int) -> NDArray[np.uint64]:
-        """Shard index `[inner chunks, 2]`: offset and length, `MISSING` for absent chunks."""
+    def _index(self, files: "_Files", shard: int) -> list[tuple[int, int]]:
+        """Offset and length of each inner chunk of a shard, `MISSING` for absent ones."""
         if shard not in self._indices:
             data = np.empty(self.file_rows // self.chunk_rows * 16, np.uint8)
-            if not self._checked(shard, -len(data) - CRC_BYTES, data):
+            if not _checked(files.open(shard), -len(data) - CRC_BYTES, data):
                 raise CacheError(f"{self._name(shard)}: the shard index is damaged: {REMEDY}")
-            self._indices[shard] = data.view("<u8").reshape(-1, 2)
+            self._indices[shard] = [
+                tuple(pair) for pair in data.view("<u8").reshape(-1, 2).tolist()
+            ]
         return self._indices[shard]
 
     def _name(self, shard: int) -> Path:
         return self.path.joinpath("c", str(shard), *["0"] * len(self.row_shape))
+
+
+class _Files:
+    """The shards that one call reads, open until it ends: a cache may have 20,000 of them."""
+
+    def __init__(self, array: DirectArray) -> None:
+        self._array = array
+        self._handles: dict[int, int] = {}
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def open(self, shard: int) -> int:
+        """A file descriptor of the shard's file."""
+        handle = self._handles.get(shard)
+        if handle is None:
+            handle = self._handles[shard] = self._array._open(self._array._name(shard))
+        return handle
+
+
+def _bytes(rows: NDArray[Any]) -> Buffer:
+    return rows.reshape(-1).view(np.uint8)
+
+
+def _checked(handle: int, offset: int, target: Buffer) -> bool:
+    """Fill `target` and compare the crc32c behind it; False when either is not as written.
+
+    An `offset` from the end of the file is negative.
+    """
+    stored = bytearray(CRC_BYTES)
+    start = offset if offset >= 0 else max(os.fstat(handle).st_size + offset, 0)
+    got = os.preadv(handle, [target, stored], start)
+    # The kernel hands over 2 GiB at most, and less when it is interrupted.
+    while 0 < got < len(target):
+        more = os.preadv(handle, [target[got:], stored], start + got)
+        got = got + more if more else 0
+    whole = got == len(target) + CRC_BYTES
+    return whole and crc32c(target) == int.from_bytes(stored, "little")
 
 
 REMEDY = "delete the unit's .json (its manifest), and run unic-extract again"
