@@ -32,12 +32,13 @@ __all__ = ["Batch", "TeacherTargets", "TrainingBatches", "UserError"]
 class TeacherTargets:
     """All that the trainer knows of a teacher, from the cache: widths, grid, exact statistics.
 
-    `statistics[token]` is (mean [D], std [D]) float32 for `cls` and `patches`.
+    `statistics[token]` is (mean [D], std [D]) float32 for `cls` and `patches`; a teacher of which
+    only CLS tokens are cached has no `patch_width` and no statistics of patches.
     """
 
     name: str
     cls_width: int
-    patch_width: int
+    patch_width: int | None
     grid: tuple[int, int]
     statistics: dict[str, tuple[Tensor, Tensor]]
     licence: str
@@ -79,14 +80,14 @@ class TrainingBatches:
     def _targets(self, name: str) -> TeacherTargets:
         selection = self.dataset.selection
         record = selection.cache.encoder(name)
-        lacking = {"cls", "patches"} - set(record.arrays)
-        if lacking:
-            raise CacheError(f"{name} has no {' and no '.join(sorted(lacking))} in the cache")
+        stored = selection.cache.codec(name, selection.recipe).arrays
+        if "cls" not in stored:
+            raise CacheError(f"{name} has no CLS tokens in the cache; it has {sorted(stored)}")
         moments = selection.statistics(name)
         return TeacherTargets(
             name=name,
             cls_width=record.arrays["cls"][-1],
-            patch_width=record.arrays["patches"][-1],
+            patch_width=record.arrays["patches"][-1] if "patches" in stored else None,
             grid=(record.grid[0], record.grid[1]),
             statistics={
                 token: (
@@ -94,6 +95,7 @@ class TrainingBatches:
                     torch.from_numpy(moments[token].std()).float(),
                 )
                 for token in ("cls", "patches")
+                if token in stored
             },
             licence=record.licence,
             fingerprint=record.seal(),

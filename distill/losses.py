@@ -63,9 +63,9 @@ def token_loss(
 
 def teacher_loss(
     cls_BT: Tensor,
-    patches_BPT: Tensor,
+    patches_BPT: Tensor | None,
     target_cls_BT: Tensor,
-    target_patches_BPT: Tensor,
+    target_patches_BPT: Tensor | None,
     reduce: str = "sum",
     cosine: float = 0.5,
     smooth_l1: float = 0.5,
@@ -74,7 +74,8 @@ def teacher_loss(
 
     Args:
         cls_BT: projected student CLS tokens `[B, T]`.
-        patches_BPT: projected student patch tokens `[B, P, T]`; P may be a chosen subset.
+        patches_BPT: projected student patch tokens `[B, P, T]`; P may be a chosen subset. None, as
+            for the target, where the teacher has CLS tokens alone: their term is the loss then.
         target_cls_BT: standardized teacher CLS tokens.
         target_patches_BPT: standardized teacher patch tokens.
         reduce: "sum" of the two as in the paper, or "mean" as in the authors' code (half of it).
@@ -90,14 +91,17 @@ def teacher_loss(
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce={reduce!r}: expected 'sum' (paper) or 'mean' (reference)")
     cls_cosine, cls_l1 = token_terms(cls_BT, target_cls_BT)
+    parts = {"cls_cosine": cls_cosine.detach(), "cls_smooth_l1": cls_l1.detach()}
+    if patches_BPT is None or target_patches_BPT is None:
+        return TeacherLoss(cosine * cls_cosine + smooth_l1 * cls_l1, parts | _no_patches(cls_l1))
     patches_cosine, patches_l1 = (
         term.mean(1) for term in token_terms(patches_BPT, target_patches_BPT)
     )
     loss_B = cosine * (cls_cosine + patches_cosine) + smooth_l1 * (cls_l1 + patches_l1)
-    parts = {
-        "cls_cosine": cls_cosine.detach(),
-        "cls_smooth_l1": cls_l1.detach(),
-        "patches_cosine": patches_cosine.detach(),
-        "patches_smooth_l1": patches_l1.detach(),
-    }
+    parts["patches_cosine"] = patches_cosine.detach()
+    parts["patches_smooth_l1"] = patches_l1.detach()
     return TeacherLoss(loss_B if reduce == "sum" else loss_B / 2, parts)
+
+
+def _no_patches(like_B: Tensor) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(like_B) for name in ("patches_cosine", "patches_smooth_l1")}

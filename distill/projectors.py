@@ -6,8 +6,8 @@ Q patch tokens of a teacher, K chosen ones of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Ladder(nn.Module):
         hidden: see `hidden_widths`.
         grid: the student's patch rows and columns; needed where a teacher's grid differs.
         grids: the teachers' patch grids; a teacher that is not named has the student's.
+        cls_only: teachers whose patch tokens are not predicted.
 
     Raises:
         ValueError: if there is no teacher, a block does not exist, or a grid is missing.
@@ -71,23 +72,25 @@ class Ladder(nn.Module):
         hidden: Hidden = "paper",
         grid: Grid | None = None,
         grids: Mapping[str, Grid] | None = None,
+        cls_only: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.dims = dict(sorted(dims.items()))
         self.blocks = tuple(range(depth)) if blocks is None else tuple(sorted(set(blocks)))
         self.depth, self.shared = depth, shared
+        self.cls_only = tuple(sorted(cls_only))
         self.hidden = hidden_widths(hidden, width)
         self.grid = None if grid is None else (grid[0], grid[1])
         # A teacher on the student's grid needs no interpolation and no entry.
         self.grids = {t: g for t, g in _as_grids(grids or {}).items() if g != self.grid}
         self._check()
         self.projectors = nn.ModuleDict(
-            {module_key(t): self._teacher(width, dim) for t, dim in self.dims.items()}
+            {module_key(t): self._teacher(t, width, dim) for t, dim in self.dims.items()}
         )
 
     def forward(
         self, outputs: Sequence[tuple[Tensor, Tensor]], positions: Positions | None = None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Predict every teacher's tokens from the student's block outputs.
 
         Args:
@@ -96,28 +99,28 @@ class Ladder(nn.Module):
                 for all teachers or by teacher; None, also for one teacher, computes all of them.
 
         Returns:
-            by teacher: CLS `[B, T]` and patches `[B, K, T]` (`[B, Q, T]` without positions).
+            by teacher: CLS `[B, T]` and patches `[B, K, T]` (`[B, Q, T]` without positions, None
+            of a teacher in `cls_only`).
 
         Raises:
             ValueError: if the number of outputs is not L.
         """
         if len(outputs) != self.depth:
             raise ValueError(f"expected the outputs of {self.depth} blocks, got {len(outputs)}")
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        sums: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for block in self.blocks:
             cls_BD, patches_BPD = outputs[block]
             inputs = self._patches(patches_BPD, positions)
             for teacher in self.dims:
                 heads: Any = self.projectors[module_key(teacher)]
-                pair = (
-                    heads["tokens" if self.shared else "cls"][str(block)](cls_BD),
-                    heads["tokens" if self.shared else "patches"][str(block)](inputs[teacher]),
-                )
-                before = sums.get(teacher)
-                sums[teacher] = (
-                    pair if before is None else (before[0] + pair[0], before[1] + pair[1])
-                )
-        return sums
+                cls_BT = heads["tokens" if self.shared else "cls"][str(block)](cls_BD)
+                patches_BKT = None
+                if teacher not in self.cls_only:
+                    kind = "tokens" if self.shared else "patches"
+                    patches_BKT = heads[kind][str(block)](inputs[teacher])
+                before = sums.get(teacher, (None, None))
+                sums[teacher] = (_sum(before[0], cls_BT), _sum(before[1], patches_BKT))
+        return cast("dict[str, tuple[Tensor, Tensor | None]]", sums)
 
     def config(self) -> dict[str, object]:
         """Describe the ladder in plain JSON types, enough to build it again."""
@@ -129,6 +132,7 @@ class Ladder(nn.Module):
             "hidden": list(self.hidden),
             "grid": self.grid and list(self.grid),
             "grids": {teacher: list(grid) for teacher, grid in self.grids.items()},
+            "cls_only": list(self.cls_only),
         }
 
     def _check(self) -> None:
@@ -136,6 +140,8 @@ class Ladder(nn.Module):
             raise ValueError("a ladder of projectors needs at least one teacher, got none")
         if not self.blocks or not set(self.blocks) <= set(range(self.depth)):
             raise ValueError(f"blocks {self.blocks}: expected indices 0 to {self.depth - 1}")
+        if not set(self.cls_only) <= set(self.dims):
+            raise ValueError(f"cls_only names {self.cls_only}, the teachers are {list(self.dims)}")
         if not set(self.grids) <= set(self.dims):
             raise ValueError(f"grids name {sorted(self.grids)}, the teachers are {list(self.dims)}")
         if self.grids and self.grid is None:
@@ -143,8 +149,10 @@ class Ladder(nn.Module):
                 f"the grids of {sorted(self.grids)} are given; pass the student's grid as well"
             )
 
-    def _teacher(self, width: int, dim: int) -> nn.ModuleDict:
-        kinds = ("tokens",) if self.shared else ("cls", "patches")
+    def _teacher(self, teacher: str, width: int, dim: int) -> nn.ModuleDict:
+        kinds: tuple[str, ...] = ("tokens",) if self.shared else ("cls", "patches")
+        if teacher in self.cls_only and not self.shared:
+            kinds = ("cls",)
         return nn.ModuleDict(
             {
                 kind: nn.ModuleDict(
@@ -176,6 +184,10 @@ class Ladder(nn.Module):
         image_BDHW = patches_BPD.transpose(1, 2).unflatten(2, self.grid)
         image_BDHW = F.interpolate(image_BDHW, size=grid, mode="bilinear", align_corners=False)
         return image_BDHW.flatten(2).transpose(1, 2)
+
+
+def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if before is None or more is None else before + more
 
 
 def _as_grids(grids: Mapping[str, Sequence[int]]) -> dict[str, Grid]:

@@ -100,7 +100,7 @@ def build(config: DistillConfig, batches: TrainingBatches) -> Distillation:
 def build_ladder(student: Student, recipe: Recipe, batches: TrainingBatches) -> Ladder:
     """The recipe's projectors for the teachers of the cache."""
     teachers = batches.teachers.values()
-    unequal = [t.name for t in teachers if t.cls_width != t.patch_width]
+    unequal = [t.name for t in teachers if t.patch_width not in (None, t.cls_width)]
     if unequal:
         raise DistillError(
             f"{', '.join(unequal)}: CLS and patch tokens of different widths are not supported yet"
@@ -114,6 +114,7 @@ def build_ladder(student: Student, recipe: Recipe, batches: TrainingBatches) -> 
         hidden=recipe.hidden,
         grid=student.grid,
         grids={t.name: t.grid for t in teachers},
+        cls_only=[t.name for t in teachers if t.patch_width is None],
     )
 
 

@@ -18,7 +18,8 @@ from distill.projectors import module_key
 
 EPS = 1e-6
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
-Tokens = tuple[Tensor, Tensor]
+Moments = tuple[Tensor, Tensor]
+Tokens = tuple[Tensor, Tensor | None]
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
@@ -103,8 +104,8 @@ class Standardization(nn.Module):
 
     Args:
         kind: "exact", "ema" or "none".
-        statistics: by teacher `{"cls": (mean, std), "patches": (mean, std)}`, each `[T]`; "ema"
-            takes only the width from them.
+        statistics: by teacher `{"cls": (mean, std), "patches": (mean, std)}`, each `[T]`, without
+            patches for a teacher that has only CLS tokens; "ema" takes only the width from them.
 
     Raises:
         ValueError: if `kind` is another word, or a teacher lacks statistics.
@@ -123,7 +124,7 @@ class Standardization(nn.Module):
         momentum: float = 0.0,
         sum_over_ranks: SumOverRanks | None = None,
     ) -> dict[str, Tokens]:
-        """Standardize every teacher's CLS `[B, T]` and patch tokens `[B, P, T]`.
+        """Standardize every teacher's CLS `[B, T]` and patch tokens `[B, P, T]`, or None.
 
         Args:
             targets: raw features by teacher.
@@ -136,22 +137,21 @@ class Standardization(nn.Module):
         done = {}
         for teacher, (cls_BT, patches_BPT) in targets.items():
             modules = cast(nn.ModuleDict, self.teachers[module_key(teacher)])
-            done[teacher] = (
-                modules["cls"](cls_BT, momentum, sum_over_ranks),
-                modules["patches"](patches_BPT, momentum, sum_over_ranks),
-            )
+            cls_BT = modules["cls"](cls_BT, momentum, sum_over_ranks)
+            if patches_BPT is not None:
+                patches_BPT = modules["patches"](patches_BPT, momentum, sum_over_ranks)
+            done[teacher] = (cls_BT, patches_BPT)
         return done
 
 
 def standardizer(kind: str, statistics: Statistics) -> nn.ModuleDict:
-    """Build one teacher's modules `cls` and `patches` from its statistics (see above)."""
+    """Build one teacher's modules `cls` and, if it has any, `patches` from its statistics."""
     if kind not in ("exact", "ema", "none"):
         raise ValueError(f"standardization {kind!r}: expected 'exact', 'ema' or 'none'")
     modules = {}
-    for token in ("cls", "patches"):
-        if token not in statistics:
-            raise ValueError(f"no statistics of {token!r}; found {sorted(statistics)}")
-        mean, std = statistics[token]
+    if "cls" not in statistics or not set(statistics) <= {"cls", "patches"}:
+        raise ValueError(f"expected statistics of cls and patches; found {sorted(statistics)}")
+    for token, (mean, std) in sorted(statistics.items()):
         modules[token] = (
             Exact(mean, std) if kind == "exact" else Ema(len(mean)) if kind == "ema" else Identity()
         )
@@ -159,7 +159,7 @@ def standardizer(kind: str, statistics: Statistics) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def batch_statistics(x: Tensor, sum_over_ranks: SumOverRanks | None = None) -> Tokens:
+def batch_statistics(x: Tensor, sum_over_ranks: SumOverRanks | None = None) -> Moments:
     """Compute mean and unbiased standard deviation per channel over all leading axes.
 
     Args:

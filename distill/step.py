@@ -70,7 +70,7 @@ class Distillation(nn.Module):
         outputs = self.student(self.normalise(views_B3SS))
         chosen = {t: positions.get(t) for t in self.ladder.dims} if positions else None
         predicted = self.ladder(outputs, chosen)
-        raw = {name: (tokens["cls"], tokens["patches"]) for name, tokens in targets.items()}
+        raw = {name: (tokens["cls"], tokens.get("patches")) for name, tokens in targets.items()}
         wanted = self.standardization(raw, momentum)
         results = []
         for teacher in self.ladder.dims:

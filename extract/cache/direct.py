@@ -218,13 +218,13 @@ def _checked(handle: int, offset: int, target: Buffer) -> bool:
     """
     stored = bytearray(CRC_BYTES)
     start = offset if offset >= 0 else max(os.fstat(handle).st_size + offset, 0)
-    got = os.preadv(handle, [target, stored], start)
+    got = os.preadv(handle, [target.data, stored], start)
     # The kernel hands over 2 GiB at most, and less when it is interrupted.
     while 0 < got < len(target):
-        more = os.preadv(handle, [target[got:], stored], start + got)
+        more = os.preadv(handle, [target[got:].data, stored], start + got)
         got = got + more if more else 0
     whole = got == len(target) + CRC_BYTES
-    return whole and crc32c(target) == int.from_bytes(stored, "little")
+    return whole and crc32c(target.data) == int.from_bytes(stored, "little")
 
 
 REMEDY = "delete the unit's .json (its manifest), and run unic-extract again"

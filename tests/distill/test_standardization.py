@@ -106,8 +106,8 @@ def test_running_statistics_travel_in_a_checkpoint():
 def test_wrong_statistics_are_refused():
     with pytest.raises(ValueError, match="'exact', 'ema' or 'none'"):
         Standardization("phi-s", {"dino": teacher_statistics(3)})
-    with pytest.raises(ValueError, match="no statistics of 'patches'"):
-        Standardization("exact", {"dino": {"cls": (torch.ones(2), torch.ones(2))}})
+    with pytest.raises(ValueError, match=r"statistics of cls and patches; found \['patches'\]"):
+        Standardization("exact", {"dino": {"patches": (torch.ones(2), torch.ones(2))}})
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         Exact(torch.ones(2), torch.ones(3))
     with pytest.raises(ValueError, match="not finite"):

@@ -1,5 +1,6 @@
 """Training from quantised features, kept patches and stored pixels."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZE, STUDENT
+from safetensors.torch import load_file
 
 from distill.batches import TrainingBatches
 from distill.config import DistillConfig
-from distill.run import Training, build
+from distill.run import Training, build, distill
 from extract.config import ExtractConfig
 from extract.run import extract
 
@@ -84,3 +86,30 @@ def test_stored_jpegs_are_trained_on(cache: Callable[..., Path], tmp_path: Path)
     folder = cache(store_views="jpeg")
     run, metrics = first_loss(folder, tmp_path / "run")
     assert torch.isfinite(metrics["loss"]) and not run.batches.dataset.tars._indices
+
+
+@pytest.mark.parametrize("recipe", ["basic", "unic"])
+def test_cls_tokens_alone_are_trained_on(
+    cache: Callable[..., Path], tmp_path: Path, encoders: dict[str, Path], recipe: str
+) -> None:
+    """Their term is the whole loss; a teacher with patches beside them has both."""
+    folder = cache(tokens="cls")
+    whole = (f"beta={encoders['beta']}",)
+    cache(teachers=whole)
+    config = DistillConfig(
+        cache=folder, out=tmp_path / "run", student=STUDENT, epochs=20, batch_size=17,
+        device="cpu", recipe=recipe, lr=3e-2, warmup_epochs=1, log_every=1,
+    )  # fmt: skip
+    done = distill(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first, last = (json.loads(line)["teachers"] for line in (lines[0], lines[-1]))
+    for name in ("alpha", "wide"):
+        assert last[name]["patches_cosine"] == 0
+        half = 0.5 * (last[name]["cls_cosine"] + last[name]["cls_smooth_l1"])
+        assert last[name]["teacher_loss"] == pytest.approx(half, rel=1e-4)
+        assert last[name]["teacher_loss"] < first[name]["teacher_loss"]
+    assert last["beta"]["patches_cosine"] > 0
+    heads = load_file(tmp_path / "run" / "heads.safetensors")
+    if recipe == "unic":
+        assert not [name for name in heads if "alpha.patches" in name]
+    assert done.student.exists()
