@@ -31,8 +31,13 @@ HEADS = {
     *("head", "heads", "head_dist", "fc", "classifier", "lp"),
     *("projector", "projection_head", "predictor", "prototypes", "dino_head", "ibot_head"),
 }
-# timm's own choice, and that of projects that follow torch's interpolate without antialiasing.
-RESIZE_RULES = {"timm-bicubic-antialias": True, "bicubic-noantialias": False}
+# timm's own choice; that of projects that follow torch's interpolate without antialiasing; and what
+# FlexiViT was trained with.
+RESIZE_RULES: dict[str, dict[str, Any]] = {
+    "timm-bicubic-antialias": {"interpolation": "bicubic", "antialias": True},
+    "bicubic-noantialias": {"interpolation": "bicubic", "antialias": False},
+    "bilinear-noantialias": {"interpolation": "bilinear", "antialias": False},
+}
 DEFAULT_RULE = "timm-bicubic-antialias"
 NATIVE = "native"
 SHOWN = 4
@@ -105,6 +110,11 @@ def map_keys(state: Mapping[str, Tensor], model: nn.Module, architecture: str) -
     own = model.state_dict()
     if state.keys() == own.keys():
         return dict(state)
+    if architecture.startswith("vit_") and any(name.startswith("radio_model.") for name in state):
+        raise CheckpointError(
+            f"this is RADIO's own file, whose position embedding {architecture} would have to "
+            f"resample: use timm:naflex{architecture}, which keeps it"
+        )
     chunks = re.compile(r"^blocks\.\d+\.(\d+\.)")
     flat = {chunks.sub(r"blocks.\1", name): tensor for name, tensor in state.items()}
     kept = {k: v for k, v in flat.items() if k in own or k.split(".")[0] not in HEADS}
@@ -163,7 +173,7 @@ def resize(
         state: a complete state dict of the architecture at another input size.
         model: the timm model at the size that is wanted.
         architecture: timm's name for it.
-        rule: one of `RESIZE_RULES`; both are bicubic, with and without antialiasing.
+        rule: one of `RESIZE_RULES`.
 
     Returns:
         a new state dict.
@@ -176,7 +186,17 @@ def resize(
             f"unknown rule {rule!r} for position embeddings, expected one of "
             f"{', '.join(RESIZE_RULES)}"
         )
-    return _filter(state, model, architecture, {"antialias": RESIZE_RULES[rule]})
+    return _filter(state, model, architecture, RESIZE_RULES[rule])
+
+
+def own_rule(architecture: str) -> str | None:
+    """The rule by which this architecture's position embeddings are meant to be resized.
+
+    None: no rule for a fixed grid gives what its authors' code gives at other sizes.
+    """
+    if "radio" in architecture:
+        return None
+    return "bilinear-noantialias" if "flexivit" in architecture else DEFAULT_RULE
 
 
 def pos_embed_tokens(state: Mapping[str, Tensor]) -> int | None:
@@ -186,7 +206,7 @@ def pos_embed_tokens(state: Mapping[str, Tensor]) -> int | None:
 
 
 def _filter(
-    state: Mapping[str, Tensor], model: nn.Module, architecture: str, options: dict[str, Any]
+    state: Mapping[str, Tensor], model: nn.Module, architecture: str, options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Apply timm's checkpoint filter for this architecture, where its module has one."""
     module = sys.modules[timm.models.model_entrypoint(architecture).__module__]
@@ -194,7 +214,7 @@ def _filter(
     if function is None:
         return dict(state)
     known = inspect.signature(function).parameters
-    if options.get("antialias") is False and "antialias" not in known:
+    if options and options != RESIZE_RULES[DEFAULT_RULE] and not options.keys() <= known.keys():
         raise EncoderError(
             f"timm resizes {architecture} in one way only: use the rule {DEFAULT_RULE!r}"
         )

@@ -14,14 +14,12 @@ Shapes: B views, H rows and W columns of pixels, P patch tokens, R register toke
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from extract.cache.errors import UserError
-
-GlobalToken = Literal["cls", "pool"]
 
 
 class EncoderError(UserError):
@@ -34,9 +32,9 @@ class EncoderSpec:
 
     Attributes:
         name: what it is called, as its folder in a cache.
-        source: where the weights came from: `timm:<tag>`, `folder:<name>`, `file:<name>`,
-            `random:<seed>` or `none`.
-        architecture: timm's name.
+        source: where the weights came from: `timm:<tag>`, `url:<url>`, `folder:<name>`,
+            `file:<name>`, `file:<name>:<function>` (one's own code), `random:<seed>` or `none`.
+        architecture: timm's name, or the class of one's own encoder.
         sha256: of the weights at their own grid, see `weights_sha256`.
         global_token: `cls` (the class token) or `pool` (the model's own pooling).
         tap: `norm` (tokens after the final norm) or `features` (the model ends without one).
@@ -49,7 +47,7 @@ class EncoderSpec:
         std: the same.
         interpolation: that the model's preprocessing resizes images with.
         position_embedding: rule by which position embeddings came to this grid, `native` if they
-            had it.
+            had it, `model` if the model itself brings them there at every forward.
         precision: `bf16-autocast` or `fp32`.
         licence: of the weights.
         parameters: their number, without a classifier.
@@ -126,83 +124,6 @@ class Encoder(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             tokens = self.tokens(pixels_B3HW)
         return {name: token.float() for name, token in tokens.items()}
-
-
-class TimmTokens(nn.Module):
-    """The tokens of any timm model, by one set of rules.
-
-    Patch tokens are what follows the prefix of `forward_features`, so never registers; a feature
-    map, channels first or last, is flattened row by row. The global token is the class token, or
-    what the model's head pools (`forward_head(pre_logits=True)`).
-
-    Args:
-        model: from `timm.create_model`, without a classifier.
-        global_token: `cls`, `pool`, or None: `cls` if the model has a class token.
-
-    Raises:
-        EncoderError: if `cls` is asked of a model without a class token.
-    """
-
-    def __init__(self, model: nn.Module, global_token: str | None = None) -> None:
-        super().__init__()
-        # A timm model: its attributes are known at run time only.
-        self.model: Any = model
-        has_cls = getattr(model, "cls_token", None) is not None
-        self.global_token = cast(GlobalToken, global_token or ("cls" if has_cls else "pool"))
-        if self.global_token not in ("cls", "pool"):
-            raise EncoderError(f"global token {global_token!r}: expected 'cls' or 'pool'")
-        if self.global_token == "cls" and not has_cls:
-            raise EncoderError(
-                f"{type(model).__name__} has no class token: its global token can only be 'pool'"
-            )
-        self.prefix = int(getattr(model, "num_prefix_tokens", 1 if has_cls else 0))
-        self.registers = int(getattr(model, "num_reg_tokens", 0))
-
-    def forward(self, pixels_B3HW: Tensor) -> dict[str, Tensor]:
-        """Tokens of normalised pixels `[B, 3, H, W]`, see `Encoder.forward`."""
-        features = self.model.forward_features(pixels_B3HW)
-        if self.global_token == "pool":
-            cls_BD = self.model.forward_head(features, pre_logits=True).flatten(1)
-        else:
-            cls_BD = features[:, 0]
-        tokens = {"cls": cls_BD, "patches": self._patches(features)}
-        if self.registers:
-            tokens["registers"] = features[:, self.prefix - self.registers : self.prefix]
-        return tokens
-
-    def grid(self, features: Tensor) -> tuple[int, int]:
-        """Patch rows and columns of what `forward_features` gave.
-
-        Raises:
-            EncoderError: if they are no patch tokens in a grid.
-        """
-        if features.ndim == 4:
-            rows, columns = features.shape[1:3] if self._last(features) else features.shape[2:4]
-            return int(rows), int(columns)
-        if features.ndim != 3:
-            raise EncoderError(
-                f"{type(self.model).__name__} gives features of shape {list(features.shape)}, "
-                "expected tokens [B, P, D] or a feature map: it has no patch tokens to cache"
-            )
-        count = features.shape[1] - self.prefix
-        grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
-        if grid is None or grid[0] * grid[1] != count:
-            grid = (round(count**0.5),) * 2
-        if grid[0] * grid[1] != count:
-            raise EncoderError(f"{type(self.model).__name__} gives {count} tokens, not a grid")
-        return int(grid[0]), int(grid[1])
-
-    def _patches(self, features: Tensor) -> Tensor:
-        if features.ndim == 4:
-            return features.flatten(1, 2) if self._last(features) else features.flatten(2).mT
-        return features[:, self.prefix :]
-
-    def _last(self, features: Tensor) -> bool:
-        """Whether a feature map has its channels last."""
-        width = self.model.num_features
-        if features.shape[1] == features.shape[-1] == width:
-            return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        return features.shape[-1] == width
 
 
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:

@@ -6,8 +6,9 @@ import timm
 import torch
 from torch import nn
 
-from extract.encoder import Encoder, EncoderError, TimmTokens, weights_sha256
+from extract.encoder import Encoder, EncoderError, weights_sha256
 from extract.teachers import load_encoder
+from extract.tokens import TimmTokens
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -90,6 +91,94 @@ def test_feature_maps_are_flattened_row_by_row(name: str, args: dict, first: boo
     for row, column in ((0, 0), (2, 5), (6, 1)):
         cell = features[:, row, column] if first else features[:, :, row, column]
         torch.testing.assert_close(tokens["patches"][:, row * 7 + column], cell)
+
+
+def registers_of(name: str, size: int, **kwargs: object) -> tuple[Encoder, dict, torch.Tensor]:
+    """An encoder, its tokens, and what timm's model gave, all of the same views."""
+    encoder = load_encoder(f"random:{name}", size=size, model_args={**TINY, **kwargs})
+    with torch.no_grad():
+        pixels = (views(2, size) / 255 - encoder.mean_C11) / encoder.std_C11
+        features = encoder.tokens.model.forward_features(pixels)
+    return encoder, encoder(views(2, size)), features
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "registers"),
+    [
+        ("vit_small_patch16_dinov3", 1, 4),  # Eva; timm's head averages the patches
+        ("vit_base_patch16_dinov3_qkvb.eupe_lvd1689m", 1, 4),
+        ("vit_base_patch16_radio_v3", 1, 7),  # summaries of further teachers, and registers
+        ("naflexvit_base_patch16_radio_v3", 1, 7),  # tokens in an embedding module
+        ("vit_base_patch16_rope_reg1_gap_256", 0, 1),  # a register and no class token
+        ("deit_tiny_distilled_patch16_224", 2, 0),  # class and distillation tokens
+        ("vit_base_patch16_224", 1, 0),
+    ],
+)
+def test_prefixes_of_all_kinds(name: str, cls: int, registers: int) -> None:
+    encoder, tokens, features = registers_of(name, 32)
+    prefix = cls + registers
+    assert features.shape == (2, prefix + 4, 32) and encoder.spec.grid == (2, 2)
+    torch.testing.assert_close(tokens["patches"], features[:, prefix:])
+    assert encoder.spec.global_token == ("cls" if cls else "pool")
+    if cls:
+        torch.testing.assert_close(tokens["cls"], features[:, 0])
+    assert ("registers" in tokens) == bool(registers)
+    if registers:
+        torch.testing.assert_close(tokens["registers"], features[:, cls:prefix])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_pe_core_tiny_patch16_384",  # attention pooling beside a class token
+        "beit_base_patch16_224",  # the only norm comes after the mean
+        "eva02_tiny_patch14_224",
+        "naflexvit_base_patch16_siglip",
+    ],
+)
+def test_a_head_that_pools_by_trained_weights_gives_the_global_token(name: str) -> None:
+    patch = 14 if "patch14" in name else 16
+    encoder, tokens, features = registers_of(name, 2 * patch)
+    assert encoder.spec.global_token == "pool" and encoder.spec.patch_size == patch
+    head = encoder.tokens.model.forward_head
+    with torch.no_grad():
+        torch.testing.assert_close(tokens["cls"], head(features, pre_logits=True))
+    assert tokens["patches"].shape == (2, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [
+        ("vit_small_patch14_reg4_dinov2", 56, TINY),
+        ("vit_small_patch16_dinov3", 64, TINY),
+        ("naflexvit_base_patch16_siglip", 64, TINY),
+        ("hiera_tiny_224", 224, {}),
+        ("cait_xxs24_224", 224, {"depth": 1}),
+        ("convnext_atto", 128, {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
+    ],
+)
+def test_patches_are_timms_own_spatial_map_row_by_row(name: str, size: int, args: dict) -> None:
+    encoder = load_encoder(f"random:{name}", size=size, model_args=args)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (map_BDHW,) = encoder.tokens.model.forward_intermediates(
+            pixels, indices=1, norm=encoder.spec.tap == "norm", intermediates_only=True
+        )
+        patches = encoder.tokens(pixels)["patches"]
+    assert tuple(map_BDHW.shape[2:]) == encoder.spec.grid
+    torch.testing.assert_close(patches, map_BDHW.flatten(2).mT)
+
+
+def test_a_model_that_resamples_its_own_positions_says_so() -> None:
+    encoder = load_encoder("random:naflexvit_base_patch16_radio_v3", size=32, model_args=TINY)
+    assert encoder.spec.position_embedding == "model"
+    assert tiny().spec.position_embedding == "native"
+
+
+@pytest.mark.parametrize("name", ["crossvit_tiny_240", "coat_lite_tiny", "pit_ti_224"])
+def test_models_without_one_grid_of_patches_are_refused(name: str) -> None:
+    with pytest.raises(EncoderError, match=r"no patch tokens to cache|gives \d+ tokens, not a"):
+        load_encoder(f"random:{name}", size=240 if "240" in name else 224)
 
 
 def test_cls_cannot_be_asked_of_a_model_without_one() -> None:
