@@ -27,6 +27,7 @@ from extract.cache.errors import ImageError
 from extract.cache.images import TarIndex, index_tar, is_image_file, tar_sha256
 from extract.cache.randomness import permutation
 from extract.cache.sealed import publish, read_sealed, sync_folder
+from extract.cache.staging import naming_full_disk
 
 RECORD = "packed.json"
 
@@ -66,7 +67,10 @@ class Picture:
 
     def sample(self) -> dict[str, Any]:
         """Read the file; return what `TarWriter` writes."""
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.path} cannot be read: {error.strerror}; remove it") from None
         if len(data) != self.size:
             raise ImageError(f"{self.path} changed while it was packed; run the command again")
         return {"__key__": self.key, self.extension: data} | self._label_member()
@@ -100,7 +104,9 @@ def pack_image_folder(
         The tars in their order.
 
     Raises:
-        ImageError: no images, or `out` holds tars of other images, another seed or another size.
+        ImageError: no images, one that is empty or cannot be read, or `out` holds tars of other
+            images, another seed or another size.
+        CacheError: the disk is full.
     """
     if samples_per_tar < 1:
         raise ImageError(f"samples_per_tar is {samples_per_tar}; expected at least 1")
@@ -121,7 +127,7 @@ def pack_image_folder(
         for start in range(0, len(shuffled), samples_per_tar)
     ]
     tars = [out / f"{number:06d}.tar" for number in range(len(parts))]
-    with _locked(out) as aside:
+    with naming_full_disk(out), _locked(out) as aside:
         if (out / RECORD).exists():
             _check_record(out, plan, tars)
         else:
@@ -141,7 +147,8 @@ def list_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
         No classes, and images without labels, where the images lie in `folder` itself.
 
     Raises:
-        ImageError: no folder, no images, a class without images, or images beside class folders.
+        ImageError: no folder, no images, a class without images, images beside class folders, or
+            an image that is empty or cannot be read.
     """
     if not folder.is_dir():
         raise ImageError(f"{folder} is not a folder; expected one of images or of class folders")
@@ -149,6 +156,7 @@ def list_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
     classes = _classes(folder)
     found: list[tuple[str, int]] = []
     if classes:
+        _check_loops(folder)
         indices = {name: index for index, name in enumerate(classes)}
         found = make_dataset(folder, indices, is_valid_file=is_image_file, allow_empty=True)
     if found and beside:
@@ -171,6 +179,15 @@ def list_pictures(folder: Path) -> tuple[list[str], list[Picture]]:
     return classes, _name_pictures(folder, found)
 
 
+def _check_loops(folder: Path) -> None:
+    """Refuse links that lead back to where they are: every picture would be there 40 times."""
+    for parent, folders, _ in os.walk(folder, followlinks=True):
+        for path in (Path(parent, name) for name in folders):
+            above = path.parents[: len(path.parents) - len(folder.parents)]
+            if path.is_symlink() and path.resolve() in {item.resolve() for item in above}:
+                raise ImageError(f"{path} is a link to a folder that it lies in; remove it")
+
+
 def _classes(folder: Path) -> list[str]:
     try:
         return [name for name in find_classes(folder)[0] if not name.startswith(".")]
@@ -184,8 +201,19 @@ def _name_pictures(folder: Path, found: Sequence[tuple[str, int | None]]) -> lis
     for path, label in found:
         name = Path(path).relative_to(folder).as_posix()
         key = _unique(_sanitise(name, label is not None), taken)
-        pictures.append(Picture(Path(path), name, key, os.path.getsize(path), label))
+        pictures.append(Picture(Path(path), name, key, _size(Path(path)), label))
     return pictures
+
+
+def _size(path: Path) -> int:
+    """Length in bytes; what is empty, or a link to nothing, would stop the extraction later."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}; remove it") from None
+    if not size:
+        raise ImageError(f"{path} is an empty file; remove or replace it")
+    return size
 
 
 def _sanitise(name: str, has_class: bool) -> str:
@@ -279,10 +307,9 @@ def _write_tars(
 
 def _write_tar(tar: Path, pictures: Sequence[Picture], draft: Path) -> None:
     with draft.open("wb") as file:
-        writer = TarWriter(file, encoder=False, mtime=0)
-        for picture in pictures:
-            writer.write(picture.sample())
-        writer.close()
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for picture in pictures:
+                writer.write(picture.sample())
         file.flush()
         os.fsync(file.fileno())
     draft.rename(tar)

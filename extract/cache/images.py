@@ -1,19 +1,13 @@
-"""Image tars by byte index, and the one way in which pictures become pixels.
+"""Image tars by byte index: which samples a tar holds, and where their bytes lie.
 
 A tar in the WebDataset layout is indexed once (`index_tar`): where each member lies, which members
 make a sample, and that the archive is whole. After that a sample is one `pread`, in any order, from
 any thread or process. Nothing in a tar is ever unpickled, executed or used as a path.
-
-Both stages decode by Pillow (`DECODER`): other decoders differ by a few levels. The rules are those
-of torchvision's `ImageFolder`: `convert("RGB")` drops alpha, EXIF orientation is not applied,
-an animation gives its first frame. What cannot be shown in 8 bits is refused.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -23,24 +17,36 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageFile
-from torch import Tensor
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from extract.cache.decoding import DECODER, IMAGE_EXTENSIONS, MAX_PIXELS, decode, decode_mask
 from extract.cache.errors import ImageError
+from extract.cache.patterns import expand, is_image_file, is_image_folder
 
-DECODER = "pillow-rgb"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
-# Above this Pillow only warns; 12 kB of PNG can ask for 300 MB.
-MAX_PIXELS = 89_478_485
+__all__ = [
+    "DECODER",
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "Member",
+    "Sample",
+    "TarIndex",
+    "decode",
+    "decode_mask",
+    "expand",
+    "image_extension",
+    "index_tar",
+    "is_image_file",
+    "is_image_folder",
+    "key_id",
+    "keys_digest",
+    "tar_sha256",
+]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-_RGB_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
-_MASK_MODES = frozenset({"L", "P", "I", "I;16", "I;16B"})
 _METADATA = re.compile(r"__[^/]*__($|/)")  # WebDataset's own rule
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BLOCK = 512
+# Besides its own errors, tarfile lets through whatever a damaged number or a chain of headers does.
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +161,19 @@ def index_tar(path: str | Path) -> TarIndex:
             adjacent members, every key once, plain files with relative names.
     """
     path = Path(path)
+    stem = path.name.removesuffix(".tar")
+    if not stem or not _is_plain(stem):
+        raise ImageError(
+            f"{str(path)!r} cannot name a tar in a cache: rename it to letters and digits before "
+            f".tar, in UTF-8"
+        )
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
+        # Names are bytes; without this they would be read in the encoding of the user's locale.
+        with tarfile.open(path, "r:", encoding="utf-8") as archive:
             samples = _group(path, _members(path, archive))
             end = archive.offset
-    except tarfile.TarError as error:
+    except _DAMAGE as error:
         raise ImageError(
             f"{path} is not a whole, uncompressed tar ({error}); fetch or pack it again"
         ) from None
@@ -171,22 +184,26 @@ def index_tar(path: str | Path) -> TarIndex:
         raise ImageError(f"{path} holds no samples: expected members such as 000017.jpg")
     for sample in samples:
         _check_sample(path, sample)
-    return TarIndex(path, path.name.removesuffix(".tar"), size, tuple(samples))
+    return TarIndex(path, stem, size, tuple(samples))
 
 
 def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tuple[str, str, Member]]:
     """Yield (key, extension, member) of every file that belongs to a sample."""
     for info in archive:
         name = info.name
+        if info.size < 0:
+            # tarfile would go back by so much, for ever.
+            raise ImageError(f"{path}: {name!r} has {info.size} bytes; the tar is damaged there")
         if info.isdir():
             continue
         if not info.isreg() or info.issparse():
             raise ImageError(
-                f"{path}: {name} is a link, a device or a sparse file; pack plain files only"
+                f"{path}: {name!r} is a link, a device or a sparse file; pack plain files only"
             )
-        if name.startswith("/") or ".." in PurePosixPath(name).parts or not _is_utf8(name):
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or not _is_plain(name):
             raise ImageError(
-                f"{path}: member {name!r} has an absolute, climbing or non-UTF-8 name; rename it"
+                f"{path}: member {name!r} has an absolute, climbing or non-UTF-8 name, or one with "
+                f"control characters; rename it"
             )
         # Without the first, "a/._x.jpg", which macOS leaves behind, would be a sample of key "a/".
         if name.rpartition("/")[2].startswith(".") or _METADATA.match(name):
@@ -252,12 +269,13 @@ def _check_sample(path: Path, sample: Sample) -> None:
     )
 
 
-def _is_utf8(name: str) -> bool:
+def _is_plain(name: str) -> bool:
+    """Tell whether a name is UTF-8 without control characters, which could steer a terminal."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
         return False
-    return True
+    return not _CONTROL.search(name)
 
 
 def image_extension(sample: Sample) -> str:
@@ -283,144 +301,3 @@ def keys_digest(keys: Iterable[str]) -> str:
         text = key.encode("utf-8")
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()
-
-
-def decode(data: bytes, where: str) -> Tensor:
-    """Decode a picture to RGB.
-
-    Args:
-        data: the bytes of the file.
-        where: what messages call it, such as `000000.tar: n01/img_7.jpg`.
-
-    Returns:
-        `[3, H, W]` uint8; its strides are those of interleaved pixels.
-
-    Raises:
-        ImageError: no picture, cut, damaged, more than `MAX_PIXELS`, or not 8 bits a channel.
-    """
-    pixels_HWC = _pixels(data, where, _RGB_MODES, "8-bit grey, palette, RGB or CMYK", rgb=True)
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-
-
-def decode_mask(data: bytes, where: str) -> Tensor:
-    """Decode a label map: grey or palette indices, as stored.
-
-    Args:
-        data: the bytes of the file, a PNG as a rule.
-        where: what messages call it.
-
-    Returns:
-        `[H, W]` int64.
-
-    Raises:
-        ImageError: as `decode`; also colours, and grey of fewer than 8 bits, which Pillow scales.
-    """
-    # Bit depth and colour type of a PNG: its header is at a fixed place.
-    if data.startswith(b"\x89PNG") and len(data) > 25 and data[24] < 8 and data[25] == 0:
-        raise ImageError(f"{where}: a grey mask of {data[24]} bits; store indices in 8 or 16 bits")
-    expected = "indices in 8-bit grey, 16-bit grey or a palette"
-    indices_HW = _pixels(data, where, _MASK_MODES, expected, rgb=False)
-    return torch.from_numpy(indices_HW.astype(np.int64))
-
-
-def _pixels(
-    data: bytes, where: str, modes: frozenset[str], expected: str, rgb: bool
-) -> np.ndarray[Any, np.dtype[Any]]:
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ImageError(
-            f"{where}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so damaged images would pass for "
-            f"whole ones; turn it off"
-        )
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_header(image, where, modes, expected)
-            image.load()
-            # A transparent colour plays no part in RGB, and Pillow would warn about it.
-            image.info.pop("transparency", None)
-            return np.array(image.convert("RGB") if rgb else image)
-    except (ImageError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(
-            f"{where}: more than {MAX_PIXELS} pixels; leave it out or scale it"
-        ) from None
-    # Damaged bytes make Pillow's parsers fail in nearly every way that Python knows.
-    except Exception as error:
-        raise ImageError(
-            f"{where}: cannot be decoded ({error}); remove or replace the file"
-        ) from error
-
-
-def _check_header(image: Image.Image, where: str, modes: frozenset[str], expected: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded; "
-            f"leave it out or scale it"
-        )
-    if image.mode not in modes:
-        raise ImageError(
-            f"{where}: pixels of mode {image.mode}, expected {expected}; convert the file"
-        )
-
-
-def expand(patterns: Iterable[str]) -> list[Path]:
-    """Return the tars that patterns name, in the order given.
-
-    A pattern is a tar, a folder of tars, or a name with `*`, `?`, `[...]` or braces as in
-    `tars-{000000..000003}.tar`; every name that braces make must exist. Globs and folders are
-    sorted by name.
-
-    Raises:
-        ImageError: a pattern matches nothing, or two tars have the same stem.
-    """
-    tars: dict[str, Path] = {}
-    for pattern in patterns:
-        for path in _expand_one(pattern):
-            stem = path.name.removesuffix(".tar")
-            if stem in tars:
-                raise ImageError(
-                    f"{tars[stem]} and {path} have the same name; a tar is known by its name, "
-                    f"so every tar needs its own"
-                )
-            tars[stem] = path
-    return list(tars.values())
-
-
-def _expand_one(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if pattern.startswith("pipe:") or "://" in pattern:
-        raise ImageError(f"{pattern!r} is not a local path; copy or mount the tars first")
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(item for item in path.glob("*.tar") if not item.name.startswith("."))
-        if not found:
-            raise ImageError(f"the folder {path} holds no .tar files")
-        return found
-    try:
-        names = expand_urls(str(path)) if "{" in pattern else [str(path)]
-    except ValueError as error:
-        raise ImageError(f"{pattern!r} cannot be expanded: {error}") from None
-    return [tar for name in names for tar in _glob(name, pattern)]
-
-
-def _glob(name: str, pattern: str) -> list[Path]:
-    found = [Path(item) for item in sorted(glob.glob(name)) if Path(item).is_file()]
-    if not found:
-        of = "" if name == pattern else f", from {pattern!r},"
-        raise ImageError(f"{name!r}{of} matches no file; check the path given for the data")
-    return found
-
-
-def is_image_file(name: str) -> bool:
-    """Tell by its name whether a file is an image that `decode` may read; hidden ones are not."""
-    stem, dot, extension = name.rpartition("/")[2].rpartition(".")
-    return bool(stem and dot) and stem[0] != "." and extension.lower() in IMAGE_EXTENSIONS
-
-
-def is_image_folder(path: str | Path) -> bool:
-    """Tell whether a path is a folder of images, with or without class folders, and not of tars."""
-    path = Path(path)
-    if not path.is_dir() or any(path.glob("*.tar")):
-        return False
-    return any(is_image_file(name) for _, _, names in os.walk(path) for name in names)

@@ -167,7 +167,7 @@ class Cache:
     def encoder(self, name: str) -> EncoderRecord:
         """The encoder's record; raises `CacheError` that lists what there is."""
         path = self.layout.encoder(name)
-        if not path.exists():
+        if not path.exists() and name not in self.encoders():
             raise CacheError(
                 f"the cache {self.root} has no features of {name!r}; it has "
                 f"{self.encoders() or 'none at all'}"
@@ -266,7 +266,8 @@ def select(
     for name in names:
         cache.encoder(name)
     label = recipe or _shared_recipe(cache, names)
-    stored = cache.units(VIEWS, label)
+    # Of all owners: what one of them has lost must not look as if it had never been.
+    stored = set().union(*(cache.units(owner, label) for owner in (VIEWS, *names)))
     chosen_tars = tuple(sorted(tars)) if tars is not None else tuple(sorted({t for _, t in stored}))
     chosen_views = tuple(sorted({view for view, _ in stored}))
     if views is not None:

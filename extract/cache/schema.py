@@ -333,8 +333,10 @@ class Layout:
         return manifest.parent / name
 
     def encoders(self) -> list[str]:
-        """Folder names that hold a `teacher.json`, sorted."""
-        return sorted(path.parent.name for path in self.root.glob("*/teacher.json"))
+        """Folder names of encoders, sorted: whoever has a `teacher.json`, or lost it."""
+        found = {path.parent.name for path in self.root.glob("*/teacher.json")}
+        found |= {path.parent.parent.name for path in self.root.glob("*/*/codec.json")}
+        return sorted(found - RESERVED)
 
 
 def check_name(name: str) -> str:

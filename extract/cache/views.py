@@ -13,13 +13,9 @@ with the same label must hold the same views.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,73 +24,36 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from extract.cache.crops import TRIES, Uniforms, between, check_box, draw_crop
 from extract.cache.errors import ImageError, UserError
+from extract.cache.fingerprints import (
+    GRID,
+    TOLERANCE,
+    check_fingerprint,
+    check_image,
+    deviation,
+    fingerprint,
+)
 from extract.cache.randomness import uniforms
+from extract.cache.recipes import Column, Params, Recipe
 
-Params: TypeAlias = Mapping[str, NDArray[Any]]
-Uniforms: TypeAlias = NDArray[np.float64]
+__all__ = [
+    "GRID",
+    "TOLERANCE",
+    "Center",
+    "Column",
+    "Params",
+    "Recipe",
+    "Unic",
+    "check_fingerprint",
+    "deviation",
+    "draw_view",
+    "fingerprint",
+    "parse_recipe",
+]
 
-GRID = 16
-# Another instruction set rounds a few pixels of a blur or a jitter one level up or down; a moved
-# crop or another resampling filter changes some pixel of a photograph by far more than this.
-TOLERANCE = 2
 # A strip one pixel high passes the check on decoding, yet resizing its short side makes it huge.
 MAX_RESIZED_PIXELS = 100_000_000
-
-
-@dataclass(frozen=True)
-class Column:
-    """One stored array of a recipe: `[N, *shape]` of `dtype`, one row a view."""
-
-    dtype: str
-    shape: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Recipe(ABC):
-    """How an image becomes a square view; the base of all recipes.
-
-    Attributes:
-        size: height and width of the view in pixels.
-        columns: the stored parameters, by name.
-        draws: how many uniforms `draw` is given.
-    """
-
-    size: int
-    columns: ClassVar[dict[str, Column]]
-    draws: ClassVar[int]
-
-    def __post_init__(self) -> None:
-        if self.size < GRID:
-            raise UserError(
-                f"a view of {self.size} px is too small: expected at least {GRID} px, the side of "
-                f"the fingerprint's grid"
-            )
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """The recipe's name in paths and on the command line, such as `unic@224`."""
-
-    @abstractmethod
-    def draw(self, height: int, width: int, uniforms: Uniforms) -> dict[str, NDArray[Any]]:
-        """Resolve one view of an image of `height` x `width` from `[draws]` uniforms."""
-
-    @abstractmethod
-    def apply(self, image: Tensor, params: Params) -> Tensor:
-        """Turn `image` `[3, H, W]` uint8 into the view `[3, size, size]` uint8."""
-
-    @abstractmethod
-    def apply_mask(self, mask: Tensor, params: Params) -> Tensor:
-        """Put an integer mask `[H, W]` through the same geometry, to `[size, size]`, unblended."""
-
-    def _row(self, **values: Any) -> dict[str, NDArray[Any]]:
-        """Cast drawn values to what is stored, so that applying them now or later is the same."""
-        return {
-            name: np.asarray(values[name], dtype=column.dtype).reshape(column.shape)
-            for name, column in self.columns.items()
-        }
-
 
 # The 54 uniforms of a `unic` view, by index. The number is fixed, whichever branch is taken: a
 # change in one operation shifts no other, and a rejected crop consumes nothing of its neighbours.
@@ -106,10 +65,6 @@ _GRAY = 10
 _BLUR, _SIGMA = 11, 12
 _SOLARIZE = 13
 _CROP = 14  # ten tries of (area, ratio, top, left)
-_TRIES = 10
-
-_SCALE = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -138,7 +93,7 @@ class Unic(Recipe):
         "blur_sigma": Column("float32"),
         "solarize": Column("uint8"),
     }
-    draws: ClassVar[int] = _CROP + 4 * _TRIES
+    draws: ClassVar[int] = _CROP + 4 * TRIES
 
     @property
     def label(self) -> str:
@@ -148,7 +103,7 @@ class Unic(Recipe):
     def draw(self, height: int, width: int, uniforms: Uniforms) -> dict[str, NDArray[Any]]:
         """Resolve one view; factors are drawn even where their flag is off."""
         u = uniforms
-        top, left, crop_height, crop_width = _draw_crop(height, width, u[_CROP:])
+        top, left, crop_height, crop_width = draw_crop(height, width, u[_CROP:])
         return self._row(
             crop_top=top,
             crop_left=left,
@@ -157,13 +112,13 @@ class Unic(Recipe):
             flip=u[_FLIP] < 0.5,
             jitter=u[_JITTER] < 0.8,
             jitter_order=np.argsort(u[_ORDER], kind="stable"),
-            brightness=_between(u[_BRIGHTNESS], 0.6, 1.4),
-            contrast=_between(u[_CONTRAST], 0.6, 1.4),
-            saturation=_between(u[_SATURATION], 0.8, 1.2),
-            hue=_between(u[_HUE], -0.1, 0.1),
+            brightness=between(u[_BRIGHTNESS], 0.6, 1.4),
+            contrast=between(u[_CONTRAST], 0.6, 1.4),
+            saturation=between(u[_SATURATION], 0.8, 1.2),
+            hue=between(u[_HUE], -0.1, 0.1),
             gray=u[_GRAY] < 0.2,
             blur=u[_BLUR] < 0.2,
-            blur_sigma=_between(u[_SIGMA], 0.1, 5.0),
+            blur_sigma=between(u[_SIGMA], 0.1, 5.0),
             solarize=u[_SOLARIZE] < 0.2,
         )
 
@@ -173,7 +128,7 @@ class Unic(Recipe):
         Raises:
             ImageError: the crop box lies outside the image, so the row belongs to another one.
         """
-        _check_image(image)
+        check_image(image)
         view = self._place(image, params, InterpolationMode.BICUBIC)
         if params["jitter"]:
             view = _jitter(view, params)
@@ -196,7 +151,7 @@ class Unic(Recipe):
 
     def _place(self, pixels: Tensor, params: Params, interpolation: InterpolationMode) -> Tensor:
         box = [int(params[f"crop_{edge}"]) for edge in ("top", "left", "height", "width")]
-        _check_box(*box, *pixels.shape[-2:])
+        check_box(*box, *pixels.shape[-2:])
         size = [self.size, self.size]
         view = tvf.resized_crop(pixels, *box, size, interpolation, antialias=True)
         return tvf.horizontal_flip(view) if params["flip"] else view
@@ -259,7 +214,7 @@ class Center(Recipe):
         Raises:
             ImageError: the stored sizes do not follow from the image's.
         """
-        _check_image(image)
+        check_image(image)
         return self._place(image, params, InterpolationMode.BICUBIC)
 
     def apply_mask(self, mask: Tensor, params: Params) -> Tensor:
@@ -283,7 +238,7 @@ class Center(Recipe):
                 f"{width} becomes {self._resized(height, width)}: the row belongs to another image"
             )
         top, left = int(params["crop_top"]), int(params["crop_left"])
-        _check_box(top, left, self.size, self.size, *resized)
+        check_box(top, left, self.size, self.size, *resized)
         view = tvf.resize(pixels, list(resized), interpolation, antialias=True)
         view = view[..., top : top + self.size, left : left + self.size]
         # A copy, even where nothing was resized: a view never shares memory with its image.
@@ -340,83 +295,6 @@ def draw_view(
         raise ImageError(f"{tar}.tar: {key}: {error}") from None
 
 
-def fingerprint(view: Tensor) -> tuple[NDArray[np.uint8], np.uint64]:
-    """Return what proves later that a view was made again: a sparse look and an exact hash.
-
-    Single pixels are kept because means hide what must be found: an 8 x 8 mean does not tell
-    bilinear from bicubic.
-
-    Args:
-        view: `[3, size, size]` uint8.
-
-    Returns:
-        The pixels at the centres of a 16 x 16 grid, `[16, 16, 3]` uint8, and the first 8 bytes
-        (little-endian) of the SHA-256 of all its bytes.
-    """
-    _check_image(view)
-    rows, columns = (
-        (2 * torch.arange(GRID) + 1) * length // (2 * GRID) for length in view.shape[1:]
-    )
-    grid = view[:, rows][:, :, columns].permute(1, 2, 0).contiguous().numpy()
-    digest = hashlib.sha256(view.contiguous().numpy().tobytes()).digest()
-    return grid, np.uint64(int.from_bytes(digest[:8], "little"))
-
-
-def deviation(stored: NDArray[np.uint8], made: NDArray[np.uint8]) -> int:
-    """Return the largest difference in levels between two grids of the same shape."""
-    if stored.shape != made.shape:
-        raise ValueError(f"grids of different shapes: {stored.shape} and {made.shape}")
-    return int(np.abs(stored.astype(np.int16) - made.astype(np.int16)).max(initial=0))
-
-
-def check_fingerprint(stored: NDArray[np.uint8], made: NDArray[np.uint8], where: str) -> None:
-    """Refuse a view that is not the one the teachers saw.
-
-    Args:
-        stored: grids from the cache, `[..., 16, 16, 3]` uint8.
-        made: grids of the views made now, the same shape.
-        where: what the message calls them, such as `unic@224/0/000000 row 7`.
-
-    Raises:
-        ImageError: a pixel differs by more than `TOLERANCE` levels.
-    """
-    difference = deviation(stored, made)
-    if difference > TOLERANCE:
-        raise ImageError(
-            f"{where}: the view is not the one in the cache: pixels differ by up to {difference} "
-            f"levels, at most {TOLERANCE} are expected. Check that the image tars are the ones the "
-            f"cache was made from and that torchvision and Pillow have not changed how they resize"
-        )
-
-
-def _between(u: float, low: float, high: float) -> float:
-    return low + (high - low) * float(u)
-
-
-def _draw_crop(height: int, width: int, u: Uniforms) -> tuple[int, int, int, int]:
-    """Draw (top, left, height, width) by RandomResizedCrop's rule: ten tries, then the centre."""
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-    for area_u, ratio_u, top_u, left_u in u.reshape(_TRIES, 4).tolist():
-        area = height * width * _between(area_u, *_SCALE)
-        ratio = math.exp(_between(ratio_u, low, high))
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_u * (height - crop_height + 1))
-            left = int(left_u * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    return _central_crop(height, width)
-
-
-def _central_crop(height: int, width: int) -> tuple[int, int, int, int]:
-    """Return the largest central box within the allowed ratios."""
-    crop_height, crop_width = height, width
-    if width / height < _RATIO[0]:
-        crop_height = max(1, round(width / _RATIO[0]))
-    elif width / height > _RATIO[1]:
-        crop_width = max(1, round(height * _RATIO[1]))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
 def _jitter(view: Tensor, params: Params) -> Tensor:
     steps = (
         (tvf.adjust_brightness, "brightness"),
@@ -428,20 +306,3 @@ def _jitter(view: Tensor, params: Params) -> Tensor:
         adjust, name = steps[int(index)]
         view = adjust(view, float(params[name]))
     return view
-
-
-def _check_image(image: Tensor) -> None:
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(
-            f"expected an image [3, H, W] of uint8, got {list(image.shape)} of {image.dtype}"
-        )
-
-
-def _check_box(top: int, left: int, height: int, width: int, rows: int, columns: int) -> None:
-    # torchvision fills what lies outside an image with black and says nothing.
-    inside = 0 <= top <= rows - height and 0 <= left <= columns - width
-    if not (inside and height > 0 and width > 0):
-        raise ImageError(
-            f"stored crop (top {top}, left {left}, {height} x {width}) does not lie within "
-            f"{rows} x {columns} pixels: the row belongs to another image"
-        )

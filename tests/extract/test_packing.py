@@ -1,10 +1,14 @@
 """A folder of images becomes the same tars every time, and loses nothing on the way."""
 
+import errno
+import os
+
 import pytest
 from PIL import Image
 
 from extract.cache.errors import CacheError, ImageError
-from extract.cache.images import image_extension, index_tar
+from extract.cache.images import image_extension, index_tar, is_image_folder
+from extract.cache.staging import naming_full_disk
 from extract.packing import pack_image_folder
 
 
@@ -137,3 +141,81 @@ def test_folders_that_cannot_be_packed(tmp_path, names, message):
     with pytest.raises(ImageError, match=message):
         pack_image_folder(fill(tmp_path / "images", names), tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["empty", "link to nothing"])
+def test_files_that_would_stop_the_extraction_later_are_named(folder, tmp_path, fault):
+    bad = folder / "dog" / "bad.jpg"
+    if fault == "empty":
+        bad.touch()
+    else:
+        bad.symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(ImageError, match=r"dog/bad\.jpg (is an empty file|cannot be read)"):
+        pack_image_folder(folder, tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
+    bad.unlink()
+    pack_image_folder(folder, tmp_path / "out", 0)
+
+
+def test_a_file_that_goes_or_changes_while_it_is_packed_is_named(folder, tmp_path):
+    def meddle(done, total):
+        for name in NAMES[:-1]:
+            if change == "goes":
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / name).write_bytes(b"another length")
+
+    for change in ("changes", "goes"):
+        with pytest.raises(
+            ImageError, match=r"changed while it was packed|cannot be read: No such"
+        ):
+            pack_image_folder(folder, tmp_path / change, 0, 4, meddle)
+        assert [path.name for path in (tmp_path / change).iterdir()] == ["000000.tar"]
+        fill(folder, NAMES)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(folder / name)
+    assert is_image_folder(linked)
+    assert len(contents(pack_image_folder(linked, tmp_path / "out", 0))) == 6
+    (folder / "cat" / "sub" / "back").symlink_to(folder / "dog")
+    (folder / "dog" / "forth").symlink_to(folder / "cat")
+    assert is_image_folder(folder)
+    with pytest.raises(ImageError, match="is a link to a folder that it lies in"):
+        pack_image_folder(folder, tmp_path / "circle", 0)
+    for number in range(30):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        (tmp_path / "none" / str(number)).symlink_to(tmp_path / "none")
+    assert not is_image_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_named_and_what_is_there_is_kept(folder, tmp_path, monkeypatch, number):
+    calls, fsync = [], os.fsync
+
+    def full(handle):
+        calls.append(handle)
+        # A tar and its folder are flushed, then the second tar cannot be.
+        if len(calls) == 3:
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CacheError, match=r"/out \(.* bytes are free there\).*make room"):
+            pack_image_folder(folder, tmp_path / "out", 0, 4)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000000.tar"]
+    assert len(contents(pack_image_folder(folder, tmp_path / "out", 0, 4))) == len(NAMES)
+
+
+def test_a_disk_too_full_for_the_folder_itself_is_named(tmp_path):
+    with (
+        pytest.raises(CacheError, match=r"No space left .*/a/b \([\d,]+ bytes are free there\)"),
+        naming_full_disk(tmp_path / "a" / "b"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="denied"), naming_full_disk(tmp_path):
+        raise OSError(errno.EACCES, "denied")

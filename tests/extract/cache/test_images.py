@@ -208,7 +208,7 @@ def test_more_than_8_bits_is_refused(mode):
     out = io.BytesIO()
     dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     Image.fromarray(np.zeros((4, 4), dtype)).save(out, "TIFF")
-    with pytest.raises(ImageError, match=f"here: pixels of mode {mode}"):
+    with pytest.raises(ImageError, match=f"here: TIFF pixels of mode {mode}"):
         decode(out.getvalue(), "here")
 
 
