@@ -44,7 +44,7 @@ ROWS = 64
 class ConvertConfig:
     """What `unic-extract convert` is asked to do; no `teachers` means all of them."""
 
-    cache: Path
+    cache: Path | str
     to: Path
     codec: str
     teachers: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class ConvertConfig:
             raise UserError(
                 f"--codec {self.codec!r} is unknown: expected one of {', '.join(CODECS)}"
             )
-        if self.to.resolve() == self.cache.resolve():
+        if self.to.resolve() == Path(self.cache).resolve():
             raise UserError(
                 f"--to {self.to} is the cache itself: the converted features go into a second "
                 "cache; delete the first one when you have looked at the second"

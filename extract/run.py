@@ -29,6 +29,7 @@ from extract.claims import Claims
 from extract.config import ExtractConfig
 from extract.encoder import Encoder
 from extract.job import Job, Teacher
+from extract.plan import check_disk, job_bytes
 from extract.records import check_tar, open_or_create, record_codec, record_encoder, tar_record
 from extract.rendering import Rendering
 from extract.sources import TarFile, find_tars
@@ -141,7 +142,14 @@ class _Extraction:
             return 0
 
     def run(self) -> dict[str, int]:
-        """Rows computed by encoder; raises what went wrong with any tar, after all others."""
+        """Rows computed by encoder.
+
+        Raises before the first tar when the disk is too small, and what went wrong with any tar
+        after all others.
+        """
+        if self.job.cache.mirror is None:
+            rows = {tar.stem: count for tar, count in self.rows.items()}
+            check_disk(job_bytes(self.job, rows), self.job.cache.root)
         label = self.job.recipe.label
         purpose = f"{label} {sorted(self.job.teachers)}"
         total = sum(self.rows.values()) * self.job.views * len(self.job.teachers)

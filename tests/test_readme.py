@@ -51,7 +51,7 @@ def prose_options() -> list[str]:
 def command_of(program: str, arguments: list[str]):
     """The click command and the arguments left for it, below its subcommand if it has some."""
     command = typer.main.get_command(APPS[program])
-    if hasattr(command, "commands"):
+    if arguments and arguments[0] in getattr(command, "commands", {}):
         return command.commands[arguments[0]], arguments[1:]
     return command, arguments
 
@@ -59,7 +59,9 @@ def command_of(program: str, arguments: list[str]):
 def every_command():
     for program, app in APPS.items():
         top = typer.main.get_command(app)
-        subcommands = getattr(top, "commands", None) or {"": top}
+        subcommands = dict(getattr(top, "commands", None) or {})
+        if not subcommands or top.invoke_without_command:
+            yield program, top
         yield from ((f"{program} {name}".strip(), found) for name, found in subcommands.items())
 
 
@@ -193,12 +195,16 @@ def small(words: list[str]) -> list[str]:
         else word.replace("{000000..000099}", "{000000..000001}")
         for word in words
     ]
-    extra = {
-        "unic-extract": ["--recipe", f"unic@{SIZE}"],
-        "unic-distill": ["--epochs", "2", "--batch-size", "16"],
-        "unic-eval": ["--size", str(SIZE)],
-    }[words[0]]
-    return [*replaced, *extra, "--device", "cpu"]
+    cpu, recipe = ["--device", "cpu"], ["--recipe", f"unic@{SIZE}"]
+    extra: dict[str, list[str]] = {
+        "unic-extract": [*recipe, *cpu],
+        "unic-extract plan": [*recipe, *cpu, "--images", "4"],
+        "unic-extract verify": [*cpu, "--rows", "8"],
+        "unic-distill": ["--epochs", "2", "--batch-size", "16", *cpu],
+        "unic-eval": ["--size", str(SIZE), *cpu],
+    }
+    subcommand = " ".join(words[:2]) if words[0] == "unic-extract" and words[1][0] != "-" else ""
+    return [*replaced, *extra.get(subcommand or words[0], [])]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +222,8 @@ def walked(tmp_path_factory):
         '[teachers]\ndino = "models/dino"\ndeit3 = "models/deit3"\n', encoding="utf-8"
     )
     calls = [small(words) for words in commands() if words[0] != "unic-demo"]
-    assert [words[0] for words in calls] == ["unic-extract", "unic-distill", "unic-eval"]
+    assert [words[0] for words in calls][:3] == ["unic-extract", "unic-distill", "unic-eval"]
+    assert [words[1] for words in calls[3:]] == ["plan", "info", "verify", "convert"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(calls),
@@ -231,12 +238,14 @@ def walked(tmp_path_factory):
 
 def test_the_three_commands_run(walked):
     _, results = walked
-    assert [code for code, _, _ in results] == [0, 0, 0], results
-    extracted, distilled, evaluated = (out for _, out, _ in results)
+    assert [code for code, _, _ in results] == [0] * 7, results
+    extracted, distilled, evaluated, _, told, verified, converted = (out for _, out, _ in results)
     assert "192 rows (48 images x 4 views), 192 computed now" in extracted
     assert 'timm.create_model("local-dir:runs/unic/student", pretrained=True)' in distilled
     assert all(name in evaluated for name in ("unic", "dino", "deit3"))
     assert "relative gain over the best teacher" in evaluated
+    assert "deit3" in told and "intact" in verified
+    assert "feats-int8/dino/unic@48: fp16 to int8" in converted
 
 
 def test_the_results_tell_student_from_teachers(walked):
