@@ -13,6 +13,7 @@ import itertools
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from extract.cache.codecs import calibrate, fidelity, to_float16
-from extract.cache.errors import CacheError
+from extract.cache.errors import CacheError, ImageError
 from extract.cache.images import DECODER, TarIndex, index_tar, keys_digest, tar_sha256
 from extract.cache.mirror import Mirror
 from extract.cache.reader import Cache
@@ -174,7 +175,7 @@ def record_codec(
     if not path.exists() or (wrong and idle):
         if wanted.codec != FP16:
             with first.local(staging.folder) as tar:
-                wanted = _calibrated(job, encoder, wanted, index_tar(tar))
+                wanted = _calibrated(job, encoder, wanted, index_tar(tar), config.skip_bad)
         cache.publish(wanted, path, staging.folder, first=not wrong)
     stored = cache.codec(name, label)
     _refuse(path, stored, _differences(stored, wanted, config))
@@ -221,8 +222,19 @@ def _check_subset(cache: Cache, name: str, label: str) -> None:
                 )
 
 
-def _calibrated(job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex) -> CodecRecord:
-    patches = torch.cat(list(_first_patches(job, encoder, wanted, first)))
+def _calibrated(
+    job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex, skip_bad: bool
+) -> CodecRecord:
+    record = tar_record(job.cache, first)
+    try:
+        patches = torch.cat(list(_first_patches(job, encoder, wanted, first, record)))
+    except ImageError:
+        if not skip_bad:
+            raise
+        record = without_bad(Rendering(job, first, record, [0]), record)
+        if not record.rows:
+            raise
+        patches = torch.cat(list(_first_patches(job, encoder, wanted, first, record)))
     codec = calibrate(wanted.codec, patches)
     return CodecRecord(
         wanted.codec,
@@ -234,10 +246,9 @@ def _calibrated(job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex
 
 
 def _first_patches(
-    job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex
+    job: Job, encoder: Encoder, wanted: CodecRecord, first: TarIndex, record: TarRecord
 ) -> Iterator[Tensor]:
     """Kept patch tokens `[B, K, D]` float16 of view 0 of the first tar's first 256 rows."""
-    record = tar_record(job.cache, first)
     rendering = Rendering(job, first, record, [0])
     size = min(job.batch_size, record.rows)
     grid = encoder.spec.grid
@@ -274,6 +285,18 @@ def tar_record(cache: Cache, index: TarIndex, location: str = "") -> TarRecord:
         rows=len(index.samples),
         keys_digest=keys_digest([sample.key for sample in index.samples]),
     )
+
+
+def without_bad(rendering: Rendering, record: TarRecord) -> TarRecord:
+    """The tar's record without the images that cannot be decoded or cut into views."""
+    bad = rendering.bad()
+    kept = [sample.key for sample in rendering.samples if sample.ordinal not in bad]
+    skipped = [
+        [sample.ordinal, sample.key, bad[sample.ordinal]]
+        for sample in rendering.samples
+        if sample.ordinal in bad
+    ]
+    return replace(record, rows=len(kept), keys_digest=keys_digest(kept), skipped=skipped)
 
 
 def check_tar(job: Job, tar: TarFile) -> bool:

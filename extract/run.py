@@ -18,7 +18,7 @@ from pathlib import Path
 from console.device import torch_device
 from console.progress import ProgressBar
 from extract.cache.errors import CacheError, ImageError, UserError
-from extract.cache.images import TarIndex, index_tar, keys_digest
+from extract.cache.images import TarIndex, index_tar
 from extract.cache.mirror import Mirror
 from extract.cache.remote import is_url
 from extract.cache.schema import TarRecord, check_name
@@ -30,7 +30,14 @@ from extract.config import ExtractConfig
 from extract.encoder import Encoder
 from extract.job import Job, Teacher
 from extract.plan import check_disk, job_bytes
-from extract.records import check_tar, open_or_create, record_codec, record_encoder, tar_record
+from extract.records import (
+    check_tar,
+    open_or_create,
+    record_codec,
+    record_encoder,
+    tar_record,
+    without_bad,
+)
 from extract.rendering import Rendering
 from extract.sources import TarFile, find_tars
 from extract.teachers import encoder_folder, load_encoder
@@ -216,17 +223,10 @@ class _Extraction:
 
     def _without_bad(self, rendering: Rendering, record: TarRecord) -> TarRecord:
         """The tar's record without the images that cannot be decoded; raises above the limit."""
-        bad = rendering.bad()
-        kept = [sample.key for sample in rendering.samples if sample.ordinal not in bad]
-        skipped = [
-            [sample.ordinal, sample.key, bad[sample.ordinal]]
-            for sample in rendering.samples
-            if sample.ordinal in bad
-        ]
-        record = replace(record, rows=len(kept), keys_digest=keys_digest(kept), skipped=[*skipped])
+        record = without_bad(rendering, record)
         self._check_limit(record)
         self._write(record)
-        for _, key, reason in skipped:
+        for _, key, reason in record.skipped:
             print(f"skipped {key}: {reason}", file=sys.stderr, flush=True)
         return record
 

@@ -22,6 +22,7 @@ import extract.cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 APPS = {
     "unic-extract": extract.cli.app,
     "unic-distill": distill.cli.app,
@@ -30,16 +31,19 @@ APPS = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
-    return [text for name, text in found if name == language]
+def blocks(language: str, text: str = README) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for name, block in found if name == language]
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = README) -> list[list[str]]:
     """The words of every `unic-*` command in the shell blocks, continuation lines joined."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    found = [*blocks("sh", text), *blocks("bash", text)]
+    lines = "\n".join(found).replace("\\\n", " ").splitlines()
+    launchers = r"^(?:torchrun --no-python --nproc-per-node \d+|srun|uv run) "
+    lines = [re.sub(launchers, "", line.strip()) for line in lines]
     parts = [part for line in lines for part in line.partition("#")[0].split("&&")]
-    words = [shlex.split(part.strip().removeprefix("uv run ")) for part in parts]
+    words = [shlex.split(re.sub(launchers, "", part.strip())) for part in parts]
     return [found for found in words if found and found[0].startswith("unic-")]
 
 
@@ -75,7 +79,7 @@ def test_the_readme_shows_all_three_commands():
     assert {words[0] for words in commands()} == set(APPS)
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", [*commands(), *commands(DOCS)], ids=" ".join)
 def test_commands_use_options_that_exist(words):
     command, arguments = command_of(words[0], words[1:])
     used = {word.partition("=")[0] for word in arguments if word.startswith("--")}

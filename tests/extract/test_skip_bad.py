@@ -137,3 +137,13 @@ def test_images_that_units_rely_on_are_never_skipped(
     with pytest.raises(ImageError, match="3 of 3 tars could not"):
         run(own, names=("beta",), skip_bad=True, max_bad=1.0)
     assert Cache(tmp_path / "feats").tar("t-0").rows == 12
+
+
+def test_a_bad_image_among_the_rows_of_the_calibration(
+    run: Callable[..., Any], own: list[Path], tmp_path: Path
+) -> None:
+    spoil(own[0], 2)
+    with pytest.raises(ImageError, match=r"t-0\.tar:t-0_0002"):
+        run(own, codec="int8")
+    assert run(own, codec="int8", skip_bad=True, max_bad=0.1)[0].skipped == 1
+    assert Cache(tmp_path / "feats").codec("alpha", LABEL).fidelity["relative_l2"] < 0.03
