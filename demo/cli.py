@@ -1,4 +1,4 @@
-"""`unic-demo`: the whole pipeline on made-up scenes, offline, in about two minutes."""
+"""`unic-demo`: the whole pipeline on made-up scenes, offline, in little more than a minute."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn

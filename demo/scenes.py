@@ -11,6 +11,7 @@ S = 48, the side of a scene in pixels.
 import io
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ def _clutter(rng: np.random.Generator, horizon: float) -> Thing:
     return Thing(kind, shape, x, y, radius, rng.uniform(-0.6, 0.6))
 
 
+@cache
 def _grid() -> tuple[Floats, Floats]:
     line = ((np.arange(_PIXELS) + 0.5) / _PIXELS).astype(np.float32)
     x, y = np.meshgrid(line, line)
@@ -118,7 +120,10 @@ def _paint(
     depth: NDArray[np.float64],
 ) -> None:
     """Draw an object over what is there, with its shadow."""
-    x, y = _grid()
+    # The object's corner of the scene: most pixels of the whole are none of its.
+    box = _box(thing)
+    image, mask, depth = image[box], mask[box], depth[box]
+    x, y = (line[box] for line in _grid())
     u, v = (x - thing.x) / thing.radius, (y - thing.y) / thing.radius
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     u, v = cos * u + sin * v, cos * v - sin * u
@@ -131,6 +136,14 @@ def _paint(
     mask[inside] = 2 + thing.kind
     foot = min(thing.y + thing.radius, 1.0)
     depth[inside] = min(FAR, 1.5 / max(foot - horizon + 0.05, 0.05))
+
+
+def _box(thing: Thing) -> tuple[slice, slice]:
+    """Rows and columns of the square that holds the object, at any angle."""
+    reach = 1.2 * thing.radius
+    first = [max(0, int((centre - reach) * _PIXELS)) for centre in (thing.y, thing.x)]
+    last = [max(0, int((centre + reach) * _PIXELS) + 1) for centre in (thing.y, thing.x)]
+    return slice(first[0], last[0]), slice(first[1], last[1])
 
 
 def _inside(shape: str, u: Floats, v: Floats) -> NDArray[np.bool_]:
@@ -186,7 +199,11 @@ def _colour(
 
 
 def _shrink(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    return image.reshape(SIZE, _SCALE, SIZE, _SCALE, 3).mean(axis=(1, 3))
+    # Added plane by plane, which is faster than a mean over two short axes.
+    corners = [
+        image[row::_SCALE, column::_SCALE] for row in range(_SCALE) for column in range(_SCALE)
+    ]
+    return sum(corners[1:], start=corners[0]) / len(corners)
 
 
 def write_tars(folder: Path, split: str, seed: int, count: int, per_tar: int = 500) -> list[Path]:

@@ -10,7 +10,7 @@ N = images, S = view size, D = channels, P = patch tokens. The path of one data 
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,19 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from console.device import torch_device
 from console.locations import below
 from extract.cache.dataset import CachedViews
 from extract.cache.errors import ImageError, UserError
 from extract.cache.images import decode_mask, is_image_folder
-from extract.cache.reader import Cache, Selection, select
+from extract.cache.reader import Cache, Selection, Unit, select
 from extract.cache.schema import VIEWS
 from extract.cache.views import parse_recipe
 from extract.config import ExtractConfig
+from extract.encoder import Encoder
 from extract.packing import list_pictures
 from extract.run import extract, find_tars
-from extract.teachers import encoder_folder
+from extract.teachers import encoder_folder, load_encoder
 
 __all__ = [
+    "Encoder",
     "EvaluationError",
     "PatchTokens",
     "Split",
@@ -39,9 +42,12 @@ __all__ = [
     "check_classes",
     "encoder_folder",
     "extract_split",
+    "load_encoders",
 ]
 
 IGNORE = 255
+# Tokens of a split that are fewer bytes are read once; a probe asks for them dozens of times.
+KEPT_BYTES = 2**30
 
 
 class EvaluationError(UserError):
@@ -50,7 +56,10 @@ class EvaluationError(UserError):
 
 @dataclass(frozen=True)
 class PatchTokens:
-    """Patch tokens of one encoder over a split, read from the cache when they are indexed."""
+    """Patch tokens of one encoder over a split, read from the cache when they are indexed.
+
+    Those of `KEPT_BYTES` and less are read at once, when the first of them are wanted.
+    """
 
     dataset: CachedViews
     encoder: str
@@ -60,8 +69,19 @@ class PatchTokens:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Tokens float32 `[B, P, D]` of the rows `[B]`."""
-        batch = self.dataset.__getitems__(torch.as_tensor(rows).tolist())
-        return batch["targets"][self.encoder]["patches"].float()
+        rows = torch.as_tensor(rows)
+        return (self._kept[rows] if self._fits else self._read(rows.tolist())).float()
+
+    def _read(self, rows: Sequence[int]) -> Tensor:
+        return self.dataset.__getitems__(rows)["targets"][self.encoder]["patches"]
+
+    @cached_property
+    def _fits(self) -> bool:
+        return self._read([0]).nbytes * len(self) <= KEPT_BYTES
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        return self._read(range(len(self)))
 
 
 class Split:
@@ -112,6 +132,7 @@ class Split:
     def masks(self) -> Tensor:
         """Category masks uint8 `[N, S, S]` from `.seg.png`, 255 = ignored, cut like the views."""
         recipe = parse_recipe(self.selection.recipe)
+        units = {tar: self._views(tar) for tar in self.selection.tars}
         masks = []
         for tar, row, ordinal in self._places():
             where, data = self._member(tar, ordinal, "seg.png", "unic-eval segmentation")
@@ -121,8 +142,7 @@ class Split:
                     f"{where}: category {mask.max()} found; masks hold categories up to "
                     f"{IGNORE - 1}, and {IGNORE} where a pixel is ignored"
                 )
-            unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
-            parameters = {name: unit.column(name)[row] for name in recipe.columns}
+            parameters = {name: units[tar].column(name)[row] for name in recipe.columns}
             try:
                 masks.append(recipe.apply_mask(mask, parameters).to(torch.uint8))
             except ImageError:
@@ -136,10 +156,12 @@ class Split:
         """Tar, row and ordinal of every image; the last two differ where images are skipped."""
         places = []
         for tar in self.selection.tars:
-            unit = self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
-            ordinals = unit.column("image_index").tolist()
+            ordinals = self._views(tar).column("image_index").tolist()
             places += [(tar, row, ordinal) for row, ordinal in enumerate(ordinals)]
         return places
+
+    def _views(self, tar: str) -> Unit:
+        return self.selection.cache.unit(VIEWS, self.selection.recipe, 0, tar)
 
     def _label(self, tar: str, ordinal: int) -> int:
         where, data = self._member(tar, ordinal, "cls", "knn and classification")
@@ -162,6 +184,16 @@ class Split:
         return where, index.read(sample, extension)
 
 
+def load_encoders(encoders: Sequence[str], size: int, device: str) -> dict[str, Encoder]:
+    """Load every encoder for square views of `size`, once for all splits that need it.
+
+    Raises `UserError` for one that cannot be loaded, and for a size that no view can have.
+    """
+    parse_recipe(f"center@{size}")
+    where = torch_device(device)
+    return {name: load_encoder(name, size=size, device=where) for name in encoders}
+
+
 def extract_split(
     encoders: Sequence[str],
     data: Sequence[str],
@@ -173,10 +205,12 @@ def extract_split(
     batch_size: int,
     workers: int,
     device: str,
+    loaded: Mapping[str, Encoder] | None = None,
 ) -> Split:
     """Extract a split with every encoder (what is missing of it), and open it.
 
     `name` is the data set's; without one the split's folder is named by a digest of the paths.
+    `loaded` holds encoders by their names in `encoders`; those that are not there are loaded.
     """
     recipe = f"center@{size}"
     digest = hashlib.sha256("\n".join(str(Path(d).absolute()) for d in data).encode()).hexdigest()
@@ -193,7 +227,8 @@ def extract_split(
             workers=workers,
             device=device,
             replace=True,
-        )
+        ),
+        loaded,
     )
     names = [encoder_folder(encoder) for encoder in encoders]
     opened = Cache(root)

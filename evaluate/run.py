@@ -1,29 +1,46 @@
 """Stage 3, top to bottom: encoders and a labelled data set in, a table and results.json out.
 
-both splits through unic-extract's stage (centre views), every encoder, cached
+both splits through unic-extract's stage (centre views), every encoder loaded once, cached
 for each encoder: the task's probe on frozen features
 results.json (merged), one table with the best marked and the gain over the best teacher
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evaluate.config import EvalConfig
-from evaluate.encoder import EvaluationError, Split, check_classes, encoder_folder, extract_split
+from evaluate.encoder import (
+    Encoder,
+    EvaluationError,
+    Split,
+    check_classes,
+    encoder_folder,
+    extract_split,
+    load_encoders,
+)
 from evaluate.table import Provenance, Role, Score, write_results
 from evaluate.tasks import Request, run_task
 
 
-def evaluate(config: EvalConfig) -> list[Score]:
+def evaluate(config: EvalConfig, tasks: Sequence[str] = ()) -> list[Score]:
     """Run one task for every encoder, add the scores to the results file, and return them.
 
-    Raises `UserError` for data or encoders that cannot be evaluated; scores of encoders that were
-    finished before are written all the same.
+    `tasks`, where given, are run in place of `config.task`, all on the same features. Raises
+    `UserError` for data or encoders that cannot be evaluated; scores of encoders that were finished
+    before are written all the same.
     """
     _check_names(config.encoders)
     check_classes(config.train, config.test)
-    train, test = (split(config, name) for name in ("train", "test"))
+    train, test = open_splits(config)
+    scores: list[Score] = []
+    for task in tasks or (config.task,):
+        scores += _score(replace(config, task=task), train, test)
+    return scores
+
+
+def _score(config: EvalConfig, train: Split, test: Split) -> list[Score]:
     scores: list[Score] = []
     began = time.monotonic()
     try:
@@ -58,7 +75,13 @@ def _check_names(encoders: Sequence[str]) -> None:
         taken[name] = encoder
 
 
-def split(config: EvalConfig, name: str) -> Split:
+def open_splits(config: EvalConfig) -> tuple[Split, Split]:
+    """Train and test split, extracted with every encoder of the call; each is loaded once."""
+    loaded = load_encoders(config.encoders, config.size, config.device)
+    return split(config, "train", loaded), split(config, "test", loaded)
+
+
+def split(config: EvalConfig, name: str, loaded: Mapping[str, Encoder] | None = None) -> Split:
     """The `train` or `test` split, extracted with every encoder of the call."""
     data = {"train": config.train, "test": config.test}[name]
     return extract_split(
@@ -71,6 +94,7 @@ def split(config: EvalConfig, name: str) -> Split:
         batch_size=config.batch_size,
         workers=config.workers,
         device=config.device,
+        loaded=loaded,
     )
 
 

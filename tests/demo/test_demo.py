@@ -1,6 +1,7 @@
 """The demo as its users run it: the teachers that come with it, the bar, a second run, mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from console.project import read_project
-from demo.run import DemoConfig, DemoError, demo, prepare, teachers
+from demo.run import DemoConfig, DemoError, demo, evaluation, prepare, teachers
+from demo.scoring import TASKS, score, second_process
 from distill.cli import app as distill_app
 from evaluate.cli import app as eval_app
 from evaluate.table import Score
+from extract.cache.errors import UserError
 
 BASELINES = ("pixels-8", "random-scenes_masked")
 
@@ -59,7 +62,7 @@ def test_it_leaves_a_project_in_which_the_commands_work(
     monkeypatch.chdir(folder)
     project = read_project()
     assert set(project.teachers) == set(teachers()) and list(project.tasks) == ["scenes"]
-    assert CliRunner().invoke(distill_app, []).stdout.startswith("1,104 steps (finished before)")
+    assert CliRunner().invoke(distill_app, []).stdout.startswith("1,116 steps (finished before)")
     result = CliRunner().invoke(eval_app, ["knn"])
     assert result.exit_code == 0, result.output
     for name in ("scenes_masked", "scenes_supervised", "unic"):
@@ -80,6 +83,20 @@ def test_a_second_run_makes_nothing_anew(finished: tuple[Path, list[Score]]) -> 
     again = demo(DemoConfig(folder=folder))
     assert weights.read_bytes() == before
     assert [(s.key, s.value) for s in again] == [(s.key, s.value) for s in scores]
+
+
+def test_the_second_process_hands_back_what_went_wrong(
+    finished: tuple[Path, list[Score]], tmp_path: Path
+) -> None:
+    config = DemoConfig(folder=finished[0])
+    log = tmp_path / "scoring.log"
+    with second_process(log) as process:
+        wrong = process.submit(score, evaluation(config, ("no-such-encoder",)))
+        with pytest.raises(UserError, match="no-such-encoder"):
+            wrong.result()
+        right = replace(evaluation(config, ("pixels:8",)), results=tmp_path / "results.json")
+        assert [s.task for s in process.submit(score, right).result()] == list(TASKS)
+    assert "segmentation pixels-8: 1000/1000 steps" in log.read_text()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:

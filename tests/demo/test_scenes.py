@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.scenes import CATEGORIES, CLASSES, FAR, SIZE, Scene, scene, write_tars
+from demo.scenes import (
+    CATEGORIES,
+    CLASSES,
+    FAR,
+    SHAPES,
+    SIZE,
+    Scene,
+    Thing,
+    _box,
+    _grid,
+    _inside,
+    scene,
+    write_tars,
+)
 from extract.cache.images import index_tar, tar_sha256
 
 
@@ -72,6 +85,19 @@ def test_mean_colour_does_not_tell_the_class() -> None:
     centres = np.array([colours[:200][labels[:200] == c].mean(0) for c in range(len(CLASSES))])
     guesses = np.linalg.norm(colours[200:, None] - centres, axis=2).argmin(1)
     assert (guesses == labels[200:]).mean() < 0.35
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_box_that_is_painted_holds_the_whole_object(shape: str) -> None:
+    x, y = _grid()
+    for angle in np.linspace(-3, 3, 25):
+        thing = Thing(0, shape, 0.45, 0.6, 0.3, float(angle))
+        u, v = (x - thing.x) / thing.radius, (y - thing.y) / thing.radius
+        cos, sin = np.cos(angle), np.sin(angle)
+        inside = _inside(shape, cos * u + sin * v, cos * v - sin * u)
+        outside = np.ones_like(inside)
+        outside[_box(thing)] = False
+        assert inside.any() and not (inside & outside).any()
 
 
 def test_tars_are_the_same_bytes_and_hold_every_label(tmp_path: Path) -> None:

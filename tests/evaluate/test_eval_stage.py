@@ -19,11 +19,14 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+import evaluate.encoder as evaluate_encoder
+import extract.run as extract_run
 from evaluate.config import EvalConfig
 from evaluate.encoder import EvaluationError, Split, extract_split
 from evaluate.knn import knn
 from evaluate.run import evaluate, split
 from evaluate.table import read_results
+from extract.cache.dataset import CachedViews
 from extract.cache.errors import UserError
 from extract.cache.images import decode, index_tar
 
@@ -387,3 +390,36 @@ def test_image_folders_of_different_classes(config, tmp_path):
     assert "has ants, bees, cats; test" in str(caught.value)
     assert "has ants, cats; give both the same class folders" in str(caught.value)
     assert not config.cache.exists()
+
+
+def test_several_tasks_load_each_encoder_once(config, encoders, monkeypatch):
+    loaded = []
+    load = evaluate_encoder.load_encoder
+    monkeypatch.setattr(
+        evaluate_encoder, "load_encoder", lambda name, **kw: loaded.append(name) or load(name, **kw)
+    )
+    monkeypatch.setattr(extract_run, "load_encoder", evaluate_encoder.load_encoder)
+    both = replace(config, encoders=(*config.encoders, "pixels:16"))
+    scores = evaluate(both, ("knn", "classification"))
+    assert loaded == list(both.encoders)
+    tasks = [(score.task, score.encoder) for score in scores]
+    assert tasks == [(t, e) for t in ("knn", "classification") for e in ("alpha", "pixels-16")]
+    kept = {(s.task, s.encoder, s.value) for s in read_results(config.results)}
+    assert kept == {(s.task, s.encoder, s.value) for s in scores}
+    assert evaluate(both)[0].value == scores[0].value
+
+
+def test_tokens_that_are_kept_are_those_that_are_read(backwards, monkeypatch):
+    rows = torch.tensor([50, 0, 31, 0])
+    reads = []
+    read = CachedViews.__getitems__
+    monkeypatch.setattr(
+        CachedViews, "__getitems__", lambda self, rows: reads.append(len(rows)) or read(self, rows)
+    )
+    kept = backwards.patches("alpha")
+    found = [kept[rows] for _ in range(3)]
+    assert reads == [1, 51]
+    monkeypatch.setattr(evaluate_encoder, "KEPT_BYTES", 51 * 9 * 32)
+    large = backwards.patches("alpha")
+    assert torch.equal(large[rows], found[0]) and torch.equal(found[1], found[2])
+    assert reads == [1, 51, 1, 4]
