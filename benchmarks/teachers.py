@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from extract.encoder import EncoderError
+from extract.encoders.encoder import EncoderError
 from extract.teachers import TEACHERS, load_encoder
 
 TAGS = (

@@ -51,14 +51,14 @@ def parameter_groups(
 
 
 def adamw(
-    *modules: nn.Module, weight_decay: float = WEIGHT_DECAY, fused: bool | None = None
+    *modules: nn.Module, weight_decay: float = WEIGHT_DECAY, fused: bool = True
 ) -> torch.optim.AdamW:
     """Build the optimiser over all trainable parameters; the schedule sets its learning rate.
 
     Args:
         *modules: student and projectors.
         weight_decay: see `parameter_groups`.
-        fused: one kernel for all parameters; None lets torch decide.
+        fused: one kernel for all parameters, on CPU and GPU; torch would choose it on neither.
     """
     groups: Iterable[dict[str, object]] = parameter_groups(*modules, weight_decay=weight_decay)
     # Schedules start at 0; an optimiser stepped before its first set_lr must not move either.

@@ -28,7 +28,7 @@ from extract.cache.reader import Cache, Selection, Unit, select
 from extract.cache.schema import VIEWS
 from extract.cache.views import parse_recipe
 from extract.config import ExtractConfig
-from extract.encoder import Encoder
+from extract.encoders.encoder import Encoder
 from extract.packing import list_pictures
 from extract.run import extract, find_tars
 from extract.teachers import encoder_folder, load_encoder

@@ -44,7 +44,7 @@ from extract.options import (
     Weights,
     Workers,
 )
-from extract.workers import worker
+from extract.sharing.workers import worker
 
 if TYPE_CHECKING:
     from extract.run import Extracted
@@ -170,8 +170,8 @@ def info(cache: CacheFolder = None, as_json: Json = False) -> None:
     Only manifests are read, no features: unic-extract verify checks those.
     """
     folder = _cache_folder(read_project(), cache)
-    from extract.info import describe_cache, info_json
-    from extract.info_report import print_info
+    from extract.checking.info import describe_cache, info_json
+    from extract.checking.info_report import print_info
 
     found = describe_cache(folder)
     if as_json:
@@ -218,7 +218,7 @@ def verify(
     """
     project = read_project()
     folder = _cache_folder(project, cache)
-    from extract.verify import VerifyConfig, print_report, verify_cache
+    from extract.checking.verify import VerifyConfig, print_report, verify_cache
 
     named = dict(_named(item) for item in teacher or [])
     report = verify_cache(
@@ -308,8 +308,8 @@ def _config(
 
 
 def _plan(config: ExtractConfig, images: int = 32, as_json: bool = False) -> None:
-    from extract.plan import make_plan, refuse_beyond
-    from extract.plan_report import plan_json, print_plan
+    from extract.planning.plan import make_plan, refuse_beyond
+    from extract.planning.plan_report import plan_json, print_plan
 
     made = make_plan(config, images)
     if as_json:

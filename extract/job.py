@@ -7,7 +7,7 @@ from extract.cache.codecs import Codec
 from extract.cache.reader import Cache
 from extract.cache.schema import VIEWS, CodecRecord, EncoderRecord, TarRecord, subset_owner
 from extract.cache.views import Recipe
-from extract.encoder import Encoder
+from extract.encoders.encoder import Encoder
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from extract.cache.schema import (
 from extract.cache.staging import Staging
 from extract.cache.subsets import kept_patches
 from extract.config import ExtractConfig
-from extract.encoder import Encoder
+from extract.encoders.encoder import Encoder
 from extract.job import Job
 from extract.rendering import Rendering
 from extract.sources import TarFile

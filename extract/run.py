@@ -2,7 +2,7 @@
 
     tars = find (or pack an ImageFolder)  ->  cache.json  ->  encoders loaded, teacher.json
     codec.json of each encoder, calibrated on the first rows of the first tar where codecs need it
-    for each tar that nobody else holds (extract.claims), one's own share first:
+    for each tar that nobody else holds (extract.sharing.claims), one's own share first:
         decode once -> views -> every encoder -> units, manifests last      (extract.units)
 
 A second run finds the units that have a manifest and makes only what is missing; so does a second
@@ -24,12 +24,10 @@ from extract.cache.remote import is_url
 from extract.cache.schema import TarRecord, check_name
 from extract.cache.staging import Staging
 from extract.cache.views import parse_recipe
-from extract.claim_store import ClaimFiles, ClaimObjects, ClaimStore
-from extract.claims import Claims
 from extract.config import ExtractConfig
-from extract.encoder import Encoder
+from extract.encoders.encoder import Encoder
 from extract.job import Job, Teacher
-from extract.plan import check_disk, job_bytes
+from extract.planning.plan import check_disk, job_bytes
 from extract.records import (
     check_tar,
     open_or_create,
@@ -39,6 +37,8 @@ from extract.records import (
     without_bad,
 )
 from extract.rendering import Rendering
+from extract.sharing.claim_store import ClaimFiles, ClaimObjects, ClaimStore
+from extract.sharing.claims import Claims
 from extract.sources import TarFile, find_tars
 from extract.teachers import encoder_folder, load_encoder
 from extract.units import TarExtraction

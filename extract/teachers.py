@@ -4,13 +4,13 @@
                        the teachers of the paper, from the hub, their authors, or --weights FILE
     timm:TAG           any model that timm knows, such as timm:vit_small_patch14_dinov2.lvd142m
     FOLDER             a timm folder (config.json, model.safetensors), or a run that has student/
-    FILE.py:FUNCTION   one's own encoder, see `extract.custom`
+    FILE.py:FUNCTION   one's own encoder, see `extract.encoders.custom`
     random:NAME        the same model untrained; NAME is a teacher, a timm architecture or a folder
     pixels[:PATCH]     the pixels themselves
     OTHER=NAME         any of these under a name of its own in the cache
 
 A timm folder's `config.json` may say, beside timm's own keys, `"position_embedding"` (a rule of
-`extract.checkpoints.RESIZE_RULES`) and `"global_token"` (`cls` or `pool`).
+`extract.encoders.checkpoints.RESIZE_RULES`) and `"global_token"` (`cls` or `pool`).
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from extract.baselines import pixel_encoder
-from extract.building import build_model, make_encoder
-from extract.checkpoints import RESIZE_RULES
-from extract.custom import custom_encoder
-from extract.encoder import Encoder, EncoderError
-from extract.names import OWN_CODE, Request, encoder_folder, resolve, split_alias
-from extract.registry import TEACHERS, TeacherCard, available_teachers
+from extract.encoders.baselines import pixel_encoder
+from extract.encoders.building import build_model, make_encoder
+from extract.encoders.checkpoints import RESIZE_RULES
+from extract.encoders.custom import custom_encoder
+from extract.encoders.encoder import Encoder, EncoderError
+from extract.encoders.names import OWN_CODE, Request, encoder_folder, resolve, split_alias
+from extract.encoders.registry import TEACHERS, TeacherCard, available_teachers
 
 __all__ = [
     "TEACHERS",
@@ -59,8 +59,8 @@ def load_encoder(
         model_name: timm model that `weights` are for, where `name` is only what to call it. Its tag
             decides the normalisation: `vit_base_patch16_224.dino` has ImageNet's mean and std.
         model_args: further arguments of `timm.create_model`, such as `embed_dim`.
-        position_embedding: how to resize, one of `extract.checkpoints.RESIZE_RULES`; None takes
-            what the folder says, else the architecture's own rule.
+        position_embedding: how to resize, one of `RESIZE_RULES` in `extract.encoders.checkpoints`;
+            None takes what the folder says, else the architecture's own rule.
         global_token: `cls` or `pool`; None takes what the teacher or folder says, else the class
             token where there is one, unless the model pools by trained weights.
 

@@ -33,7 +33,7 @@ from extract.cache.staging import Staging
 from extract.cache.statistics import Moments
 from extract.cache.subsets import kept_patches
 from extract.cache.writer import UnitWriter, commit, group_name
-from extract.encoder import Encoder
+from extract.encoders.encoder import Encoder
 from extract.job import Job
 from extract.rendering import Rendering, ViewBatch
 

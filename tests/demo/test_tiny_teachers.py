@@ -14,7 +14,7 @@ from demo.scenes import CATEGORIES, SIZE, Scene, scene
 from demo.train_teachers import OBJECTIVES, describe
 from evaluate.classification import linear_probe
 from evaluate.segmentation import segmentation_probe
-from extract.baselines import PixelTokens
+from extract.encoders.baselines import PixelTokens
 
 GRID = SIZE // PATCH
 TRAIN, TEST = 500, 250

@@ -29,10 +29,10 @@ from extract.cache.remote import Bucket, RemoteError
 from extract.cache.schema import ArraySpec, Layout, UnitRecord
 from extract.cache.staging import Staging
 from extract.cache.writer import UnitWriter, commit, group_name
-from extract.claim_store import ClaimObjects
-from extract.claims import Claims
 from extract.config import ExtractConfig
 from extract.run import extract
+from extract.sharing.claim_store import ClaimObjects
+from extract.sharing.claims import Claims
 
 LABEL = f"unic@{SIZE}"
 

@@ -1,0 +1,1 @@
+"""What a cache holds, and whether it is whole."""

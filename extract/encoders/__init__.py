@@ -1,0 +1,1 @@
+"""What an encoder is, and how each is found, built and loaded."""

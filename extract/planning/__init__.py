@@ -1,0 +1,1 @@
+"""What an extraction will cost, before it is paid."""

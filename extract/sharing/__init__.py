@@ -1,0 +1,1 @@
+"""Many processes on one cache: shares of the tars, and claims."""
