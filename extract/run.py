@@ -190,6 +190,8 @@ class _Extraction:
             if not claims.take(tar.stem):
                 return False
             try:
+                if self._catch_up(tar.stem):
+                    return True
                 with tar.local(self.staging.folder) as path:
                     self._extract(tar, index_tar(path), progress, known)
             finally:
@@ -199,6 +201,16 @@ class _Extraction:
             self.failed[tar] = error
             print(f"{tar.name} was left out: {error}", file=sys.stderr, flush=True)
         return True
+
+    def _catch_up(self, stem: str) -> bool:
+        """Learn what others published meanwhile in a bucket; whether the tar is complete by now."""
+        cache, label = self.job.cache, self.job.recipe.label
+        if cache.mirror is not None:
+            cache.mirror.pull(cache.layout.tar(stem))
+            for owner, views in self.job.missing(stem).items():
+                for view in views:
+                    cache.mirror.pull(cache.layout.manifest(owner, label, view, stem))
+        return not any(self.job.missing(stem).values())
 
     def _extract(self, tar: TarFile, index: TarIndex, progress: ProgressBar, known: bool) -> None:
         cache = self.job.cache

@@ -10,6 +10,7 @@ objects go under names made from their content, the manifest follows by a condit
 several writers one wins, and data of two never mix.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -66,6 +67,11 @@ class Mirror:
         ]
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda name: self.bucket.fetch(name, self.folder / name), wanted))
+
+    def pull(self, path: Path) -> None:
+        """Fetch a record that another process may have published; nothing if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.bucket.fetch(self.name(path), path)
 
     def name(self, path: Path) -> str:
         """The object that a local file stands for."""

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import SIZE
 
+from extract import run as extract_run
 from extract.cache.dataset import Batch, CachedViews
 from extract.cache.errors import CacheError
 from extract.cache.mirror import Mirror
@@ -297,6 +298,27 @@ def test_of_two_writers_on_different_hardware_one_wins(bucket: str, tmp_path: Pa
         "a.json",
         UnitRecord.read(tmp_path / "machine-2" / "alpha" / LABEL / "0" / "a.json").group,
     }
+
+
+def test_what_another_machine_did_meanwhile_is_not_done_again(
+    bucket: str,
+    run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between this machine's look at the bucket and its first tar, another one does it all."""
+    url, plain = f"{bucket}/feats", extract_run.find_tars
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(extract_run, "find_tars", plain)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("UNIC_MIRROR", str(tmp_path / "elsewhere"))
+            assert run(url)[0].computed == 102
+        return plain(*arguments)
+
+    monkeypatch.setattr(extract_run, "find_tars", meanwhile)
+    (done,) = run(url)
+    assert (done.computed, done.images) == (0, 51)
 
 
 def test_claims_in_a_bucket(bucket: str) -> None:
