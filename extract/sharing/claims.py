@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from extract.cache.errors import UserError
 from extract.sharing.claim_store import ClaimStore
 
 LEASE = 120.0
@@ -98,7 +99,9 @@ class Claims:
     def _beat(self) -> None:
         while not self._stop.wait(self.lease / 6):
             for name in list(self._held):
-                self.store.touch(name)
+                # A claim that grows old for a moment costs double work at most.
+                with contextlib.suppress(UserError, OSError):
+                    self.store.touch(name)
 
 
 def machine() -> str:
